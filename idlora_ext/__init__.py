@@ -1,0 +1,31 @@
+"""ID-LoRA (arXiv 2602.20727): fine-tuning with frozen rows of ``W``, one small shared matrix and a router per layer.
+
+>>> model = idlora_ext.apply(model)          # any nn.Module, in place
+>>> print(idlora_ext.summary(model))
+
+``IdLoraConfig`` also works with PEFT's ``get_peft_model`` and transformers' ``add_adapter`` and ``load_adapter``.
+"""
+
+from . import integration, ops
+from .checkpoint import load, save
+from .config import IdLoraConfig
+from .layer_summary import Summary, summary
+from .model import IdLoraModel
+from .patching import apply
+from .restore import remove
+from .version import __version__
+
+__all__ = [
+    "IdLoraConfig",
+    "IdLoraModel",
+    "Summary",
+    "__version__",
+    "apply",
+    "load",
+    "ops",
+    "remove",
+    "save",
+    "summary",
+]
+
+integration.teach_trainer()

@@ -1,0 +1,142 @@
+"""``IdLoraConfig``: the settings of one adapter, in PEFT's shape."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig, PeftType
+
+from . import integration  # noqa: F401  (adds PeftType.IDLORA)
+
+Router = Literal["linear"]
+Selection = Literal["nearest", "sequential", "random"]
+RankFit = Literal["shrink", "error"]
+BaseMismatch = Literal["error", "warn"]
+
+
+@dataclass
+class IdLoraConfig(PeftConfig):
+    """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``.
+
+    Source: arXiv 2602.20727, §4; the defaults are the paper's multi-task setting. A layer of ``d`` outputs gets
+    ``d * r / rank_boost^2`` trainable values for ``B`` and ``r`` (or ``num_clusters * r``) for the router ``T``.
+
+    Args:
+        r: rank: rows per cluster. Must be a multiple of ``rank_boost``.
+        num_clusters: ``k``. ``k * r`` rows are chosen, so a layer needs ``d >= k * r`` (see ``rank_fit``).
+        rank_boost: ``s``: ``B`` is ``[d/s, r/s]`` and is used ``s`` times. 1 is the paper's "without RB".
+        scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
+        router: ``"linear"``: ``a_i = <T_i, x_i>``.
+        shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each.
+        selection: which rows become ``A_i``: ``"nearest"`` to each centroid (the paper), or its ablations
+            ``"sequential"`` and ``"random"``.
+        dropout: probability of zeroing entries of ``z`` while training.
+        seed: of the clustering, the random selection and the router's start. Each layer derives its own from its name.
+        rank_fit: ``"shrink"`` gives a layer too narrow for ``k * r`` rows the largest rank that fits and says so once;
+            ``"error"`` refuses.
+        rank_pattern: rank by layer name or regular expression, where it differs from ``r``.
+        target_modules: names, or a regular expression, or ``"all-linear"``: every linear layer but the output head.
+        exclude_modules: names, or a regular expression, of layers to leave alone.
+        layers_to_transform: indices of the transformer layers to adapt; all by default.
+        layers_pattern: name of the list of layers that ``layers_to_transform`` indexes, if it is not obvious.
+        modules_to_save: further modules to train and save in full, such as a new classification head.
+        index_stored: the rows are in the adapter's file and are never chosen again. Set once rows have been chosen;
+            set it back to False to use a saved configuration for a fresh adapter.
+        base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
+            ``"warn"``. Never written to a file: only the person who loads may relax it.
+
+    Raises:
+        ValueError, TypeError: on a value out of its range, naming the field.
+    """
+
+    r: int = field(default=128, metadata={"help": "Rank: rows per cluster."})
+    num_clusters: int = field(default=4, metadata={"help": "Number of row clusters k."})
+    rank_boost: int = field(default=2, metadata={"help": "Rank-boost factor s: B is [d/s, r/s], used s times."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor on the update."})
+    router: Router = field(default="linear", metadata={"help": "Form of the router."})
+    shared_router: bool = field(default=True, metadata={"help": "One router vector for all clusters."})
+    selection: Selection = field(default="nearest", metadata={"help": "How rows are chosen."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on z."})
+    seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})
+    rank_fit: RankFit = field(default="shrink", metadata={"help": "What to do with layers narrower than k * r."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name or pattern."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default="all-linear", metadata={"help": "Layers to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave alone: names or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform indexes."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full."}
+    )
+    index_stored: bool = field(default=False, metadata={"help": "The chosen rows are in the adapter's file."})
+    base_mismatch: BaseMismatch = field(default="error", metadata={"help": "On loading onto another base layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IDLORA
+        for name in ("r", "num_clusters", "rank_boost"):
+            self._require(name, "an integer >= 1", _is_int(getattr(self, name)) and getattr(self, name) >= 1)
+        self._require("seed", "an integer >= 0", _is_int(self.seed) and self.seed >= 0)
+        self._require("r", f"a multiple of rank_boost = {self.rank_boost}", self.r % self.rank_boost == 0)
+        self._require("scaling", "a number", isinstance(self.scaling, (int, float)))
+        self.scaling = float(self.scaling)
+        self._require("dropout", "a number in [0, 1)", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1)
+        for name, choices in (
+            ("router", Router),
+            ("selection", Selection),
+            ("rank_fit", RankFit),
+            ("base_mismatch", BaseMismatch),
+        ):
+            self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"IdLoraConfig: rank_pattern must be a dictionary, got {self.rank_pattern!r}")
+        for pattern, rank in self.rank_pattern.items():
+            ok = _is_int(rank) and rank >= 1 and rank % self.rank_boost == 0
+            self._require("rank_pattern", f"ranks that are multiples of rank_boost = {self.rank_boost}", ok, pattern)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.target_modules is None:
+            raise ValueError('IdLoraConfig: target_modules must be names, a pattern or "all-linear", got None')
+        is_pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if is_pattern and self.layers_to_transform is not None:
+            raise ValueError("IdLoraConfig: layers_to_transform needs target_modules as a list, got a pattern")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("IdLoraConfig: layers_pattern means nothing without layers_to_transform")
+
+    def _require(self, name: str, expected: str, ok: bool, key: str | None = None) -> None:
+        if not ok:
+            got = getattr(self, name) if key is None else {key: getattr(self, name)[key]}
+            raise ValueError(f"IdLoraConfig: {name} must be {expected}, got {got!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is written to ``adapter_config.json``."""
+        values = super().to_dict()
+        del values["base_mismatch"]
+        return values
+
+    def resolved(self) -> IdLoraConfig:
+        """A copy that a model may own: resolving targets must not change the configuration a user passed in."""
+        return copy.deepcopy(self)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """PEFT's constructor from a file. A file may not relax the check of the base model."""
+        if kwargs.pop("base_mismatch", "error") != "error":
+            warnings.warn("adapter_config.json sets base_mismatch; only the loading program may: ignored", stacklevel=2)
+        return super().from_peft_type(**kwargs)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

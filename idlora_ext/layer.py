@@ -1,0 +1,202 @@
+"""The adapted layer: a frozen linear layer whose output passes through :func:`idlora_ext.ops.adapt`."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import ops
+from .clustering import select_rows
+from .config import IdLoraConfig
+from .fingerprint import fingerprint
+
+
+def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
+    """``max r' <= r`` with ``k r' <= d``, ``s | r'`` and ``s | d``: the largest rank a layer of ``d`` outputs allows.
+
+    Returns:
+        The rank, or 0 if no rank fits.
+    """
+    if d % rank_boost:
+        return 0
+    widest = min(r, d // num_clusters)
+    return widest - widest % rank_boost
+
+
+class IdLoraLayer(BaseTunerLayer):
+    """What every adapted layer holds, by adapter name (arXiv 2602.20727, §4).
+
+    ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``.
+    ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
+    """
+
+    adapter_layer_names = ("idlora_router", "idlora_B")
+    other_param_names = ("idlora_index", "idlora_fingerprint", "scaling", "dropout", "wanted_rank")
+
+    base_layer: nn.Module
+    active_adapters: list[str]  # PEFT's property
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.idlora_index = BufferDict(persistent=True)
+        self.idlora_router = nn.ParameterDict()
+        self.idlora_B = nn.ParameterDict()
+        self.idlora_fingerprint = BufferDict(persistent=True)
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.wanted_rank: dict[str, int] = {}
+        self.pending: set[str] = set()  # adapters whose tensors are still to come from a file
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+
+    def get_base_weight(self) -> Tensor:
+        """``W [d, d_in]``, dequantised if the base layer is quantised."""
+        weight = super().get_base_weight()
+        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    def update_layer(self, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
+        """Add an adapter: tensors of the rank that fits, its rows still to be chosen or loaded."""
+        r = fit_rank(self.out_features, config.num_clusters, wanted_rank, config.rank_boost)
+        k, s, d = config.num_clusters, config.rank_boost, self.out_features
+        base = self.get_base_layer()
+        device = base.weight.device
+        dtype = base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32
+        fixed = {"device": device, "dtype": torch.int32}
+        self.idlora_index[adapter_name] = torch.full((k, r), -1, **fixed)
+        self.idlora_fingerprint[adapter_name] = fingerprint(self.get_base_weight(), base.weight.dtype).to(device)
+        router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
+        self.idlora_router[adapter_name] = nn.Parameter(router)
+        self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
+        self.scaling[adapter_name] = config.scaling
+        self.dropout[adapter_name] = config.dropout
+        self.wanted_rank[adapter_name] = wanted_rank
+        self.pending.add(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def choose_rows(self, adapter_name: str, config: IdLoraConfig, name: str) -> None:
+        """Cluster the rows of ``W``, keep the chosen ones, and start the router (``B`` stays zero).
+
+        ``name`` is the layer's, so that each layer has a seed of its own and the same one every time.
+        """
+        index = self.idlora_index[adapter_name]
+        k, r = index.shape
+        seed = zlib.crc32(name.encode(), config.seed)
+        weight = self.get_base_weight()
+        self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
+        start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
+        self.pending.discard(adapter_name)
+
+    def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
+        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
+        y0, bias, bias_in_y0 = self._base_output(h)
+        x = ops.cluster_gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
+        return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
+
+    def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
+        """``y0``, the layer's bias, and whether ``y0`` contains it.
+
+        A plain linear layer is called without its bias, which the epilogue then adds: subtracting it again from a
+        low-precision output would lose digits. Any other layer adds its bias itself.
+        """
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None or args or kwargs or not is_plain(self.base_layer):
+            return self.base_layer(h, *args, **kwargs), bias, bias is not None
+        weight: Any = self.base_layer.weight
+        return F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight), bias, False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+
+MERGE_REFUSED = (
+    "ID-LoRA with a linear router cannot be merged: its weights a_i = <T_i, A_i h> depend on the token, "
+    "so no single W holds the update. Keep the adapter attached, or remove it with unload() or idlora_ext.remove()."
+)
+
+
+class Linear(nn.Module, IdLoraLayer):
+    """``y = h W^T + b + scaling * concat_j(B z^(j))`` for ``nn.Linear`` and transformers' ``Conv1D``."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
+        nn.Module.__init__(self)
+        IdLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, wanted_rank)
+
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
+        adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
+        if not adapters:
+            return self.base_layer(h, *args, **kwargs)
+        for adapter in adapters:
+            if adapter in self.pending and not self.idlora_index[adapter].is_meta:
+                raise ValueError(
+                    f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
+                    "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
+                    "idlora_ext.load), or set config.index_stored = False to choose rows for this model."
+                )
+        y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
+        if bias is not None and bias.dtype not in (y0.dtype, torch.float32):
+            bias = bias.to(y0.dtype)
+        if len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
+            index, router, B = self._tensors(adapters[0], y0.dtype)
+            return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
+        y = y0
+        added = None if bias_in_y0 else bias
+        for adapter in adapters:  # each adapter reads the base output, not the one before it
+            index, router, B = self._tensors(adapter, y0.dtype)
+            x = ops.cluster_gather(y0, index, bias if bias_in_y0 else None)
+            z = F.dropout(ops.rb_scale(x, router), self.dropout[adapter], self.training)
+            y = ops.shared_gemm(y, z, B, added, self.scaling[adapter])
+            added = None
+        return y
+
+    def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        router, B = self.idlora_router[adapter], self.idlora_B[adapter]
+        if router.dtype not in (dtype, torch.float32):  # a base layer that computes wider than the adapter is stored
+            router, B = router.to(dtype), B.to(dtype)
+        return self.idlora_index[adapter], router, B
+
+    def __repr__(self) -> str:
+        return "idlora." + super().__repr__()
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """``(d_in, d)`` of a supported layer."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` is ``h W^T + b`` and nothing else: the very class, unhooked, unparametrised."""
+    return (
+        type(layer) in (nn.Linear, Conv1D)
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    )
+
+
+def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int) -> None:
+    """``T ~ N(0, 1 / (k r m^2))`` with ``m`` the mean norm of the chosen rows.
+
+    For an input of unit variance ``x_i`` has entries of size ``m``, so ``a_i`` starts at about ``1 / sqrt(k)`` and
+    ``z`` at the size of one ``x_i``: the first gradient of ``B`` is that of a product with ``A_i h`` itself.
+    """
+    if weight.is_meta:
+        return
+    k, r = index.shape
+    m = weight[index.flatten().long()].float().norm(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    normal = torch.randn(router.shape, generator=torch.Generator().manual_seed(seed))
+    router.copy_(normal.to(router.device) / (m * math.sqrt(k * r)))

@@ -1,0 +1,236 @@
+"""``IdLoraModel``: PEFT's tuner for ID-LoRA. It finds the layers, replaces them, and has their rows chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import register_peft_method
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from . import integration
+from .checkpoint import verify
+from .config import IdLoraConfig
+from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
+from .restore import ModelState, remember_trainable
+
+
+class IdLoraModel(BaseTuner):
+    """Adapts the targeted linear layers of a model, in place: ``y = y0 + scaling * concat_j(B z^(j))``.
+
+    Made by ``get_peft_model``, ``inject_adapter_in_model``, transformers' ``add_adapter`` and
+    :func:`idlora_ext.apply`. Whatever fails on the way, the model is left exactly as it was.
+
+    Args:
+        model: any ``nn.Module``.
+        peft_config: the adapter's settings; a copy is kept.
+        adapter_name: its name.
+        low_cpu_mem_usage: PEFT's: parameters on the meta device, to be filled from a file.
+        state_dict: PEFT's: adapt the layers whose names occur in it.
+        progress: show a bar while clustering.
+
+    Raises:
+        ValueError: an adapter of that name exists; targets are unsupported or too narrow (all are named); weights that
+            cannot be clustered.
+    """
+
+    prefix = "idlora_"
+    tuner_layer_cls = IdLoraLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: IdLoraConfig | dict[str, IdLoraConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        self._progress = progress
+        # PEFT replaces a configuration of the same name before it calls inject_adapter: refuse, and remember, first.
+        _refuse_existing(model, adapter_name)
+        self._before: dict[str, ModelState] = {adapter_name: ModelState(model)}
+        with warnings.catch_warnings():
+            # PEFT warns of any second adapter on an injected model; several adapters are an ordinary thing.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        before = self._before.get(adapter_name)
+        if before is None:  # a further adapter of a PeftModel, which has noted the configuration already
+            _refuse_existing(model, adapter_name)
+            before = ModelState(model)
+            before.configs.pop(adapter_name, None)
+        self._new: list[tuple[str, IdLoraLayer]] = []
+        self._unsupported: dict[str, list[str]] = {}
+        self._shrunk: dict[str, list[str]] = {}
+        try:
+            config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
+            remember_trainable(model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._report(config, adapter_name)
+            if not config.index_stored:
+                self._choose_rows(config, adapter_name)
+        except BaseException:
+            before.restore()
+            raise
+        if config.index_stored:
+            self._before[adapter_name] = before  # until the tensors have been loaded and verified
+            integration.verify_transformers_load(model, before, functools.partial(verify, model, config, adapter_name))
+        else:
+            self._before.pop(adapter_name, None)
+            config.index_stored = True
+        del self._new, self._unsupported, self._shrunk
+
+    def _create_and_replace(
+        self,
+        peft_config: IdLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        reason = _unsupported(target, parent)
+        if reason:
+            self._unsupported.setdefault(f" ({reason})", []).append(current_key)
+            return
+        base = target.get_base_layer() if isinstance(target, IdLoraLayer) else target
+        _, d = linear_shape(base)
+        k, s = peft_config.num_clusters, peft_config.rank_boost
+        wanted = peft_config.rank_pattern.get(
+            get_pattern_key(peft_config.rank_pattern.keys(), current_key), peft_config.r
+        )
+        r = fit_rank(d, k, wanted, s)
+        if r == 0:
+            reason = f"d = {d} cannot hold k = {k} clusters of a rank that is a multiple of s = {s}"
+            self._unsupported.setdefault(f" ({reason})", []).append(current_key)
+            return
+        if r < wanted:
+            self._shrunk.setdefault(f" (d = {d}: r = {r} instead of {wanted})", []).append(current_key)
+        if isinstance(target, IdLoraLayer):
+            target.update_layer(adapter_name, peft_config, wanted)
+            layer = target
+        else:
+            layer = Linear(target, adapter_name, peft_config, wanted)
+            self._replace_module(parent, target_name, layer, target)
+        self._new.append((current_key, layer))
+
+    def _report(self, config: IdLoraConfig, adapter_name: str) -> None:
+        if self._unsupported:
+            raise ValueError(
+                "ID-LoRA adapts nn.Linear and Conv1D layers. These targets cannot be adapted: "
+                + ", ".join(name + reason for reason, keys in self._unsupported.items() for name in brief(keys))
+                + ". Leave them out with exclude_modules, or choose others with target_modules."
+            )
+        if not self._shrunk or config.index_stored:
+            return
+        count = sum(map(len, self._shrunk.values()))
+        names = ", ".join(name + fit for fit, keys in self._shrunk.items() for name in brief(keys))
+        message = f"{count} of {len(self._new)} layers are too narrow for k * r rows with k = {config.num_clusters}"
+        if config.rank_fit == "error":
+            raise ValueError(f'{message}: {names}. Lower r or num_clusters, set rank_pattern, or rank_fit="shrink".')
+        warnings.warn(f"{message}; they get the largest rank that fits: {names}", stacklevel=2)
+
+    def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
+        layers = [(name, layer) for name, layer in self._new if not layer.weight.is_meta]
+        bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if self._progress else True)
+        for name, layer in bar:
+            bar.set_postfix_str(name, refresh=False)
+            try:
+                layer.choose_rows(adapter_name, config, name)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"layer {name!r}: {error}. To leave the layer out, use exclude_modules.") from error
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        if found and peft_config.layers_to_transform is not None and key in peft_config.target_modules:
+            # PEFT ignores layers_to_transform for targets given by their full name, as "all-linear" resolves to:
+            # ask again by the last part of the name.
+            suffix = dataclasses.replace(peft_config, target_modules={key.rpartition(".")[2]})
+            return check_target_module_exists(suffix, key)
+        return found
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook between reading a file and filling a model: here everything is checked, or undone."""
+        tuner = getattr(model, "base_model", None)
+        before = tuner._before.get(adapter_name) if isinstance(tuner, IdLoraModel) else None
+        try:
+            verify(model, config, adapter_name, state_dict)
+        except BaseException:
+            if before is not None:
+                before.restore()
+            raise
+        if isinstance(tuner, IdLoraModel):
+            tuner._before.pop(adapter_name, None)
+            integration.forget_transformers_load(tuner.model)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def brief(names: Iterable[str]) -> list[str]:
+    """Layer names with their first number gathered: ``layers.0.q``, ``layers.1.q`` become ``layers.{0-1}.q``."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        head, number, tail = re.fullmatch(r"(?:(.*?\.)?(\d+))?(.*)", name).groups()  # type: ignore[union-attr]
+        groups.setdefault((head or "", tail), []).extend([int(number)] if number else [])
+    result = []
+    for (head, tail), numbers in groups.items():
+        runs: list[list[int]] = []
+        for n in sorted(numbers):
+            if runs and n == runs[-1][1] + 1:
+                runs[-1][1] = n
+            else:
+                runs.append([n, n])
+        ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        result.append(head + (f"{{{ranges}}}" if len(numbers) > 1 else ranges) + tail)
+    return result
+
+
+def _refuse_existing(model: nn.Module, adapter_name: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B:
+            raise ValueError(
+                f"the model already has an ID-LoRA adapter {adapter_name!r} (first at layer {name!r}). Give the new "
+                f"one another adapter_name, or remove it first: idlora_ext.remove(model, {adapter_name!r})."
+            )
+
+
+def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
+    """Why a target cannot be adapted, or None."""
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, IdLoraLayer):
+        return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights without calling it"
+    if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
+        return type(target).__qualname__
+    return None
+
+
+if "IDLORA" not in integration.registered_methods():
+    register_peft_method(name="idlora", config_cls=IdLoraConfig, model_cls=IdLoraModel)

@@ -1,0 +1,368 @@
+"""The ID-LoRA operators: schemas, plain-PyTorch kernels and autograd.
+
+For one adapted layer, with ``y0 = h W^T`` the output of the frozen base layer (arXiv 2602.20727, eq. 3 and 4)::
+
+    x_i = y0[index_i]                       cluster_gather   A_i h is a subset of the columns of h W^T
+    a_i = <T_i, x_i>,  z = sum_i a_i x_i    rb_scale         one scalar per token and cluster
+    y   = y0 + scaling * concat_j(B z^(j))  shared_gemm      one product for all clusters; z^(j): j-th of s parts
+
+``adapt`` is the three fused and ``adapt_backward`` its gradient; between the two only ``x`` is kept.
+
+Every op is registered with the dispatcher under the namespace ``idlora``. The kernels in this file are registered as
+``CompositeExplicitAutograd``, the default of every device; a native module only adds CPU and CUDA kernels for the same
+schemas. Kernels trust their fake to have checked the arguments: the default kernels call it to allocate their result.
+
+Dtypes: activations in float64, float32, bfloat16 or float16. ``router``, ``B`` and ``bias`` have the activation's dtype
+or float32. Router products, sums and ``z`` are float32 (float64 for float64 activations); products with ``B`` run in
+the activation's dtype with float32 accumulation, except for float16, whose range ``z`` (quadratic in the activation)
+would leave: there they run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fakes
+from .fakes import accumulate
+
+__all__ = ["adapt", "adapt_backward", "cluster_gather", "rb_scale", "shared_gemm"]
+
+_SCHEMAS = (
+    "cluster_gather(Tensor y0, Tensor index, Tensor? bias=None) -> Tensor",
+    "cluster_gather_backward(Tensor dx, Tensor index, SymInt d) -> Tensor",
+    "rb_scale(Tensor x, Tensor router) -> Tensor",
+    "rb_scale_backward(Tensor dz, Tensor x, Tensor router) -> (Tensor, Tensor)",
+    "shared_gemm(Tensor y0, Tensor z, Tensor B, Tensor? bias=None, float scaling=1.0) -> Tensor",
+    "shared_gemm_backward(Tensor dy, Tensor z, Tensor B, float scaling) -> (Tensor, Tensor)",
+    "adapt(Tensor y0, Tensor index, Tensor router, Tensor B, Tensor? bias=None, float scaling=1.0, "
+    "bool bias_in_y0=False, bool save_x=False) -> (Tensor, Tensor)",
+    "adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B, float scaling) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_library = torch.library.Library("idlora", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+    _op = _schema.partition("(")[0]
+    torch.library.register_fake(f"idlora::{_op}", getattr(fakes, _op), lib=_library)
+
+
+def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x_i = (y0 - bias)[index_i]``: the products ``A_i h``, read off the base layer's output.
+
+    Args:
+        y0: ``[..., d]`` base output.
+        index: ``[k, r]`` int32, distinct entries in ``[0, d)`` (not checked here: it would synchronise the device).
+        bias: ``[d]``, given when ``y0`` already contains the layer's bias.
+
+    Returns:
+        ``[..., k, r]`` in the dtype of ``y0``.
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    return torch.ops.idlora.cluster_gather(y0, index, bias)
+
+
+def rb_scale(x: Tensor, router: Tensor) -> Tensor:
+    """``a_i = <T_i, x_i>``, ``z = sum_i a_i x_i``: the routed sum over clusters (arXiv 2602.20727, §4.2).
+
+    Args:
+        x: ``[..., k, r]`` from :func:`cluster_gather`.
+        router: ``T``, ``[k, r]``, or ``[1, r]`` for one vector shared by all clusters.
+
+    Returns:
+        ``z [..., r]``, float32 (float64 for float64 ``x``).
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    return torch.ops.idlora.rb_scale(x, router)
+
+
+def shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+    """``y = y0 + bias + scaling * concat_j(z^(j) B^T)``, ``j = 1..s``: rank boosting (arXiv 2602.20727, eq. 4).
+
+    Args:
+        y0: ``[..., d]``.
+        z: ``[..., r]`` from :func:`rb_scale`, float32 (float64 for float64 ``y0``).
+        B: ``[d/s, r/s]``; ``s`` follows from the shapes.
+        bias: ``[d]``, added to the result.
+        scaling: sigma.
+
+    Returns:
+        ``[..., d]`` in the dtype of ``y0``.
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    return torch.ops.idlora.shared_gemm(y0, z, B, bias, scaling)
+
+
+def adapt(
+    y0: Tensor,
+    index: Tensor,
+    router: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    bias_in_y0: bool = False,
+) -> Tensor:
+    """``y = y0 + bias + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``, ``x_i = y0[index_i]``.
+
+    The whole adapter as an epilogue on the base layer's output (arXiv 2602.20727, eq. 3 and 4). Differentiable in
+    ``y0``, ``router``, ``B`` and ``bias``; keeps ``x [..., k, r]`` for the backward pass and neither ``h`` nor ``y0``.
+
+    Args:
+        y0: ``[..., d]`` output of the base layer, any strides.
+        index: ``[k, r]`` int32, distinct entries in ``[0, d)`` (not checked here: it would synchronise the device).
+        router: ``T``, ``[k, r]`` or, shared by all clusters, ``[1, r]``.
+        B: ``[d/s, r/s]``, the shared trainable matrix; ``s`` follows from the shapes, and both must agree.
+        bias: ``[d]`` or None. By default ``y0`` comes without it and it is added to the result.
+        scaling: sigma.
+        bias_in_y0: the layer has added ``bias`` to ``y0`` already (an opaque layer): then ``bias[index]`` is subtracted
+            from what is gathered, and nothing is added.
+
+    Returns:
+        ``y [..., d]``, a new tensor in the dtype of ``y0``.
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
+    save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    return torch.ops.idlora.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
+
+
+def adapt_backward(
+    dy: Tensor, x: Tensor, index: Tensor, router: Tensor, B: Tensor, scaling: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dz^(j) = scaling B^T dy^(j)``; ``da_i = <dz, x_i>``; the gradients of :func:`adapt` in one op::
+
+        dB    = scaling * sum_n sum_j dy^(j) z^(j)^T
+        dT_i  = sum_n da_i x_i                              (summed over i for a shared router)
+        dy0   = dy, then dy0[index_i] += a_i dz + da_i T_i  (entries of index are distinct)
+
+    Args:
+        dy: ``[..., d]``.
+        x: ``[..., k, r]``, what :func:`cluster_gather` returned in the forward pass.
+        index, router, B, scaling: as in :func:`adapt`.
+
+    Returns:
+        ``(dy0 [..., d], dT as router, dB as B)``.
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    return torch.ops.idlora.adapt_backward(dy, x, index, router, B, scaling)
+
+
+# ---- default kernels: plain PyTorch on any device --------------------------------------------------------------------
+
+
+def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a kernel as the default of ``op``. It runs with autocast off: its dtypes are chosen, not inherited."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def run(first: Tensor, *args: Any) -> Any:
+            with torch.autocast(first.device.type, enabled=False):
+                return kernel(first, *args)
+
+        _library.impl(op, run, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
+def _route(x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` and ``a [..., k, 1]``, ``z [..., r]`` in the accumulation dtype."""
+    x = x.to(accumulate(x.dtype))
+    a = (x * router.to(x.dtype)).sum(-1, keepdim=True)
+    return x, a, (a * x).sum(-2)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@_default("cluster_gather")
+def _cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = fakes.cluster_gather(y0, index, bias)
+    flat = index.reshape(-1)
+    gathered = y0.index_select(-1, flat)
+    if bias is not None:
+        gathered = (gathered - bias.index_select(0, flat)).to(y0.dtype)
+    return gathered.view(x.shape)
+
+
+@_default("cluster_gather_backward")
+def _cluster_gather_backward(dx: Tensor, index: Tensor, d: int) -> Tensor:
+    dy0 = fakes.cluster_gather_backward(dx, index, d).zero_()
+    return dy0.index_copy_(-1, index.reshape(-1).long(), dx.reshape(*dx.shape[:-2], index.numel()))
+
+
+@_default("rb_scale")
+def _rb_scale(x: Tensor, router: Tensor) -> Tensor:
+    fakes.rb_scale(x, router)
+    return _route(x, router)[2]
+
+
+def _rb_scale_gradient(dz: Tensor, x: Tensor, a: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """``dx`` and ``dT`` in the dtype of ``x``, the accumulation dtype."""
+    dz = dz.unsqueeze(-2)
+    da = (dz * x).sum(-1, keepdim=True)
+    dx = torch.addcmul(a * dz, da, router.to(x.dtype))
+    return dx, (da * x).sum_to_size(router.shape)
+
+
+@_default("rb_scale_backward")
+def _rb_scale_backward(dz: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    fakes.rb_scale_backward(dz, x, router)
+    wide, a, _ = _route(x, router)
+    dx, drouter = _rb_scale_gradient(dz, wide, a, router)
+    return dx.to(x.dtype), drouter.to(router.dtype)
+
+
+@_default("shared_gemm")
+def _shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+    y = fakes.shared_gemm(y0, z, B, bias, scaling)
+    if bias is not None:
+        y0 = y0 + bias.to(y0.dtype)
+    # The s parts of a row of y0 and of z lie behind one another: seen as [N*s, d/s] and [N*s, r/s], the product with
+    # diag(B, .., B) is one plain product with B.
+    dtype = _product_dtype(y0.dtype)
+    rows, columns = y0.numel() // B.shape[0], B.shape[0]
+    product = torch.addmm(
+        y0.reshape(rows, columns).to(dtype),
+        z.reshape(rows, B.shape[1]).to(dtype),
+        B.to(dtype).t(),
+        alpha=scaling,
+    )
+    return product.view(y.shape).to(y.dtype)
+
+
+@_default("shared_gemm_backward")
+def _shared_gemm_backward(dy: Tensor, z: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    fakes.shared_gemm_backward(dy, z, B, scaling)
+    dtype = _product_dtype(dy.dtype)
+    rows = dy.numel() // B.shape[0]
+    parts = dy.reshape(rows, B.shape[0]).to(dtype)
+    dz = torch.mm(parts, B.to(dtype)).to(z.dtype).mul_(scaling)
+    dB = torch.mm(parts.t(), z.reshape(rows, B.shape[1]).to(dtype)).to(accumulate(dtype)).mul_(scaling)
+    return dz.view(z.shape), dB.to(B.dtype)
+
+
+@_default("adapt")
+def _adapt(
+    y0: Tensor,
+    index: Tensor,
+    router: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    bias_in_y0: bool = False,
+    save_x: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _, x = fakes.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)
+    gathered = _cluster_gather(y0, index, bias if bias_in_y0 else None)
+    z = _route(gathered, router)[2]
+    return _shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling), gathered if save_x else x
+
+
+@_default("adapt_backward")
+def _adapt_backward(
+    dy: Tensor, x: Tensor, index: Tensor, router: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy0, _, _ = fakes.adapt_backward(dy, x, index, router, B, scaling)
+    wide, a, z = _route(x, router)
+    dz, dB = _shared_gemm_backward(dy, z, B, scaling)
+    dx, drouter = _rb_scale_gradient(dz, wide, a, router)
+    flat = index.reshape(-1).long()
+    columns = dy.index_select(-1, flat)
+    dy0.copy_(dy).index_copy_(-1, flat, (columns + dx.view(columns.shape)).to(dy.dtype))
+    return dy0, drouter.to(router.dtype), dB
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y0, index, bias = inputs
+    ctx.save_for_backward(index)
+    ctx.d = y0.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
+    (index,) = ctx.saved_tensors
+    dy0 = torch.ops.idlora.cluster_gather_backward(dx.contiguous(), index, ctx.d)
+    dbias = -_sum_to_bias(dy0, ctx.bias_dtype) if _needs_bias(ctx, 2) else None
+    return dy0, None, dbias
+
+
+def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    return torch.ops.idlora.rb_scale_backward(dz.contiguous(), *ctx.saved_tensors)
+
+
+def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, z, B, bias, ctx.scaling = inputs
+    ctx.save_for_backward(z, B)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dy = dy.contiguous()
+    dz, dB = torch.ops.idlora.shared_gemm_backward(dy, *ctx.saved_tensors, ctx.scaling)
+    dbias = _sum_to_bias(dy, ctx.bias_dtype) if _needs_bias(ctx, 3) else None
+    return dy, dz, dB, dbias, None
+
+
+def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, save_x = inputs
+    x = output[1]
+    ctx.mark_non_differentiable(x)
+    ctx.save_for_backward(x if save_x else None, index, router, B)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _adapt_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    x, index, router, B = ctx.saved_tensors
+    if x is None:
+        raise RuntimeError(
+            "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
+        )
+    dy = dy.contiguous()
+    dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
+    dbias = None
+    if _needs_bias(ctx, 4):
+        # An added bias sees dy; a bias inside y0 is subtracted from the gathered columns, so it sees -(dy0 - dy).
+        dbias = _sum_to_bias(dy - dy0 if ctx.bias_in_y0 else dy, ctx.bias_dtype)
+    return dy0, None, drouter, dB, dbias, None, None, None
+
+
+def _needs_bias(ctx: Any, position: int) -> bool:
+    # The dispatcher drops trailing arguments that have their default value, so the tuple may end before the bias.
+    return ctx.bias_dtype is not None and ctx.needs_input_grad[position]
+
+
+def _sum_to_bias(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.to(accumulate(gradient.dtype)).sum_to_size(gradient.shape[-1:]).to(dtype)
+
+
+for _op, _context, _backward in (
+    ("cluster_gather", _cluster_gather_context, _cluster_gather_autograd),
+    ("rb_scale", _rb_scale_context, _rb_scale_autograd),
+    ("shared_gemm", _shared_gemm_context, _shared_gemm_autograd),
+    ("adapt", _adapt_context, _adapt_autograd),
+):
+    torch.library.register_autograd(f"idlora::{_op}", _backward, setup_context=_context, lib=_library)

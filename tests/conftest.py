@@ -1,0 +1,108 @@
+"""Small models and problems that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def adapter_tensors(
+    d: int, k: int, r: int, s: int, *, shared: bool = False, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random index, router and B of one layer, scaled so that the update is of the size of the activation."""
+    index = torch.randperm(d)[: k * r].view(k, r).to(torch.int32)
+    router = torch.randn(1 if shared else k, r, dtype=torch.float64) / (k * r) ** 0.5
+    B = torch.randn(d // s, r // s, dtype=torch.float64) / (r // s) ** 0.5
+    return index.to(device), router.to(device, dtype), B.to(device, dtype)
+
+
+def tiny_llama(seed: int = 0, **overrides: object) -> nn.Module:
+    """Grouped-query Llama without biases: K and V are half as wide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        **overrides,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2(seed: int = 0) -> nn.Module:
+    """GPT-2: Conv1D layers with biases, tied embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return _with_biases(GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=64)))
+
+
+def tiny_bert(seed: int = 0) -> nn.Module:
+    """BERT: Linear layers with biases, and a new classification head."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=101, num_labels=3
+    )
+    return _with_biases(BertForSequenceClassification(config))
+
+
+def tiny_qwen2(seed: int = 0) -> nn.Module:
+    """Qwen2: grouped-query, biases on Q, K and V only, here as large as in the real models."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=101,
+        )
+    )
+    return _with_biases(model, scale=100.0)
+
+
+def _with_biases(model: nn.Module, scale: float = 0.5) -> nn.Module:
+    """Transformers starts biases at zero, which would hide mistakes with them."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and "norm" not in name.lower() and "ln_" not in name:
+            nn.init.normal_(parameter, std=scale)
+    return model.eval()
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "qwen2": tiny_qwen2}
+FIELDS = {"r": 8, "num_clusters": 2}  # fits every layer of the models above
+
+
+def inputs(batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(seed))}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs()).logits
+
+
+def randomize_adapter(model: nn.Module, adapter_name: str = "default", std: float = 0.05, seed: int = 1) -> nn.Module:
+    """Give B values, as training would: with B = 0 an adapter does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f"idlora_B.{adapter_name}"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model

@@ -1,0 +1,263 @@
+"""The operators against the paper's equations, in float64 and in low precision, eager and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import adapter_tensors
+
+from idlora_ext import ops, reference
+
+# d, k, r, s; odd ones too: nothing here is a multiple of a tile
+SHAPES = [(24, 3, 4, 2), (7, 1, 7, 1), (30, 5, 6, 3), (64, 4, 16, 4), (1032, 4, 24, 2), (11, 11, 1, 1)]
+LEADING = {"N=0": (0,), "N=1": (1,), "N=5": (5,), "2x3": (2, 3), "none": ()}
+BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
+
+
+def problem(shape, leading=(5,), shared=False, bias=None, dtype=torch.float64, device="cpu", requires_grad=True):
+    d, k, r, s = shape
+    torch.manual_seed(0)
+    index, router, B = adapter_tensors(d, k, r, s, shared=shared, dtype=dtype, device=device)
+    y0 = torch.randn(*leading, d, dtype=torch.float64).to(device, dtype)
+    b = None if bias is None else torch.randn(d, dtype=torch.float64).to(device, dtype)
+    for t in (y0, router, B, b):
+        if t is not None:
+            t.requires_grad_(requires_grad)
+    return y0, index, router, B, b
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adapt_is_the_papers_equation(shape, leading, shared, bias, device):
+    args = problem(shape, leading, shared, bias, device=device)
+    expected = reference.adapt(*args, 0.7, bias_in_y0=bool(bias))
+    y = ops.adapt(*args, 0.7, bias_in_y0=bool(bias))
+    assert y.shape == args[0].shape
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+    variables = [t for t in args if t is not None and t.requires_grad]
+    g = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, variables, g)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, variables, g), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_adapted_linear_layer_is_the_papers_layer():
+    """The identity behind everything: the adapter on y0 = h W^T is the paper's adapter on h with A_i = W[index_i]."""
+    torch.manual_seed(0)
+    h, W, b = torch.randn(5, 13).double(), torch.randn(24, 13).double(), torch.randn(24).double()
+    index, router, B = adapter_tensors(24, 3, 4, 2)
+    y = ops.adapt(h @ W.T, index, router, B, b, 0.7)
+    torch.testing.assert_close(y, reference.linear(h, W, b, index, router, B, 0.7), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
+def test_gradcheck(shared, bias, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), shared, bias, device=device)
+    assert torch.autograd.gradcheck(
+        lambda y0, router, B, b: ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias)), (y0, router, B, b)
+    )
+    assert torch.autograd.gradcheck(
+        lambda y0, router, B, b: ops.shared_gemm(
+            y0, ops.rb_scale(ops.cluster_gather(y0, index, b if bias else None), router), B, None if bias else b, 0.7
+        ),
+        (y0, router, B, b),
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
+def test_opcheck(shared, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), shared, bias=True, device=device)
+    x = y0.detach()[..., index.long()].requires_grad_()
+    z = torch.randn(2, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
+    dy, dz = torch.randn_like(y0), torch.randn_like(z)
+    plain = [t.detach() for t in (x, router, B, z)]
+    for name, args in {
+        "cluster_gather": (y0, index, b),
+        "cluster_gather_backward": (plain[0], index, 24),
+        "rb_scale": (x, router),
+        "rb_scale_backward": (dz, plain[0], plain[1]),
+        "shared_gemm": (y0, z, B, b, 0.7),
+        "shared_gemm_backward": (dy, plain[3], plain[2], 0.7),
+        "adapt": (y0, index, router, B, b, 0.7, False, True),
+        "adapt_backward": (dy, plain[0], index, plain[1], plain[2], 0.7),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.idlora, name), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_family_ops_compose_to_adapt(dtype, device):
+    y0, index, router, B, b = problem((64, 4, 16, 4), dtype=dtype, bias=False, device=device)
+    z = ops.rb_scale(ops.cluster_gather(y0, index), router)
+    assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7))
+
+
+STRIDES = {
+    "row-strided": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "expanded": lambda t: t[:1].expand_as(t),
+    "every-second-row": lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2],
+}
+
+
+@pytest.mark.parametrize("view", STRIDES.values(), ids=STRIDES)
+def test_strided_and_expanded_inputs(view, device):
+    y0, index, router, B, _ = problem((24, 3, 4, 2), device=device, requires_grad=False)
+    y0 = view(y0)
+    before = y0.clone()
+    variables = [y0.requires_grad_(), router.requires_grad_(), view(B[: len(B)]).requires_grad_()]
+    y = ops.adapt(y0, index, variables[1], variables[2])
+    expected = reference.adapt(y0, index, variables[1], variables[2])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    g = view(torch.randn_like(y))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, variables, g), torch.autograd.grad(expected, variables, g), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.equal(y0, before), "adapt wrote to its input"
+
+
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(64, 4, 16, 2), (1032, 4, 24, 2), (512, 4, 128, 2)], ids=str)
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_low_precision_error(shape, bias, dtype, parameters, device):
+    """Error against float64 at most 2x (gradients 3x) that of the same maths in the same dtype in plain PyTorch."""
+    wide = problem(shape, (37,), bias=bias, device=device)
+    held = torch.float32 if parameters == "float32" else dtype
+    narrow = [
+        t if t is None or not t.is_floating_point() else t.detach().to(dtype if i == 0 else held).requires_grad_()
+        for i, t in enumerate(wide)
+    ]
+    exact = [t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_() for t in narrow]
+    plain = [t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_() for t in narrow]
+    g = torch.randn(37, shape[0], dtype=torch.float64, device=device).to(dtype)
+
+    def run(function, args):
+        y = function(*args, 0.7, bias_in_y0=bool(bias))
+        variables = [t for t in args if t is not None and t.is_floating_point()]
+        return [y, *torch.autograd.grad(y, variables, g.to(y.dtype))]
+
+    truth = run(reference.adapt, exact)
+    for i, (ours, theirs, true) in enumerate(
+        zip(run(ops.adapt, narrow), run(reference.adapt, plain), truth, strict=True)
+    ):
+        allowed = (2 if i == 0 else 3) * (theirs.double() - true).abs().max()
+        assert (ours.double() - true).abs().max() <= allowed, f"output {i}"
+
+
+def test_float16_survives_a_z_beyond_its_range(device):
+    """z is quadratic in the activation: an outlier token of 300 gives a z of 1e5 and more."""
+    y0 = torch.full((2, 64), 300.0, dtype=torch.float16, device=device)
+    index = torch.arange(64, dtype=torch.int32, device=device).view(4, 16)
+    router = torch.full((1, 16), 0.1, device=device)
+    B = torch.full((32, 8), 1e-5, device=device)
+    y = ops.adapt(y0, index, router, B)
+    expected = reference.adapt(y0.double(), index, router.double(), B.double())
+    assert ops.rb_scale(ops.cluster_gather(y0, index), router).max() > 65504
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_saves_x_and_small_things_only(device):
+    y0, index, router, B, b = problem((64, 4, 8, 2), (50,), bias=False, device=device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.adapt(y0, index, router, B, b)
+    sizes = sorted(t.numel() for t in saved if t.data_ptr() not in {router.data_ptr(), B.data_ptr(), index.data_ptr()})
+    assert sizes == [50 * 4 * 8]
+
+
+def test_nothing_is_saved_without_gradients(device):
+    y0, index, router, B, _ = problem((24, 3, 4, 2), device=device)
+    with torch.no_grad():
+        assert not ops.adapt(y0, index, router, B).requires_grad
+    _, x = torch.ops.idlora.adapt(y0.detach(), index, router.detach(), B.detach())
+    assert x.numel() == 0
+    y, _ = torch.ops.idlora.adapt(y0, index, router, B)  # the raw op, told to save nothing
+    with pytest.raises(RuntimeError, match="save_x=False"):
+        y.sum().backward()
+
+
+def test_autocast_does_not_reach_into_the_kernels(device):
+    y0, index, router, B, _ = problem((64, 4, 16, 2), dtype=torch.float32, device=device)
+    plain = ops.adapt(y0, index, router, B)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = ops.adapt(y0, index, router, B)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, plain)
+
+
+def test_compiles_without_graph_breaks(device):
+    y0, index, router, B, _ = problem((24, 3, 4, 2), device=device)
+    compiled = torch.compile(ops.adapt, fullgraph=True, dynamic=True)
+    for n in (1, 5, 9):
+        y0 = torch.randn(n, 24, dtype=torch.float64, device=device, requires_grad=True)
+        y = compiled(y0, index, router, B, None, 0.7)
+        expected = reference.adapt(y0, index, router, B, None, 0.7)
+        torch.testing.assert_close(y, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(y.square().sum(), (y0, router, B)),
+            torch.autograd.grad(expected.square().sum(), (y0, router, B)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_zero_B_returns_y0(device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        y0, index, router, B, _ = problem((24, 3, 4, 2), dtype=dtype, device=device)
+        assert torch.equal(ops.adapt(y0, index, router, torch.zeros_like(B)), y0)
+
+
+def _replace(args, position, value):
+    return [value if i == position else a for i, a in enumerate(args)]
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])
+@pytest.mark.parametrize(
+    ("position", "change", "error", "words"),
+    [
+        (0, lambda t: t.int(), TypeError, r"adapt: y0 must be float64, .* got int32"),
+        (0, lambda t: t[..., :11], ValueError, r"adapt: index must be \[k, r\] with k \* r <= d = 11, got shape \[3, 4\]"),
+        (1, lambda t: t.long(), TypeError, "adapt: index must be int32, got int64"),
+        (1, lambda t: t.flatten(), ValueError, r"adapt: index must be \[k, r\].*got shape \[12\]"),
+        (2, lambda t: t[:2], ValueError, r"adapt: router must be \[k, r\] = \[3, 4\] or \[1, r\] = \[1, 4\], got shape \[2, 4\]"),
+        (2, lambda t: t.half(), TypeError, "adapt: router must be float64, got float16"),
+        (3, lambda t: t[:, :1], ValueError, r"adapt: B must be \[d/s, r/s\] for one s that divides d = 24 and r = 4, got shape \[12, 1\]"),
+        (3, lambda t: t.float(), TypeError, "adapt: B must be float64, got float32"),
+        (4, lambda t: t[:-1], ValueError, r"adapt: bias must be \[d\] = \[24\], got shape \[23\]"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(position, change, error, words, fake):
+    args = problem((24, 3, 4, 2), bias=False, requires_grad=False)
+    args = _replace(args, position, change(args[position]))
+    if fake:
+        with torch._subclasses.FakeTensorMode() as mode:
+            args = [mode.from_tensor(a) for a in args]
+            with pytest.raises(error, match=words):
+                ops.adapt(*args)
+    else:
+        with pytest.raises(error, match=words):
+            ops.adapt(*args)
+
+
+def test_other_wrong_arguments_are_named():
+    y0, index, router, B, b = problem((24, 3, 4, 2), bias=False, requires_grad=False)
+    with pytest.raises(ValueError, match="bias_in_y0=True needs the bias"):
+        ops.adapt(y0, index, router, B, bias_in_y0=True)
+    with pytest.raises(ValueError, match="device meta"):
+        ops.adapt(y0.to("meta"), index, router, B)
+    with pytest.raises(ValueError, match=r"rb_scale: router must be"):
+        ops.rb_scale(y0[..., index.long()], router[:, :2])
+    with pytest.raises(TypeError, match=r"shared_gemm: z must be float64, got float32"):
+        ops.shared_gemm(y0, torch.zeros(5, 4), B)
+    with pytest.raises(ValueError, match=r"shared_gemm: z must be \[\.\.\., r\] with leading dimensions \[5\]"):
+        ops.shared_gemm(y0, torch.zeros(3, 4).double(), B)
+    with pytest.raises(ValueError, match=r"adapt_backward: x must be \[\.\.\., k, r\] = \[5, 3, 4\]"):
+        ops.adapt_backward(y0, y0, index, router, B)
+    with pytest.raises(ValueError, match=r"cluster_gather: bias must be \[d\] = \[24\]"):
+        ops.cluster_gather(y0, index, b[:3])

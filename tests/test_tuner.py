@@ -1,0 +1,512 @@
+"""apply, remove, summary, and PEFT's and transformers' own doors to the same layers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import FIELDS, MODELS, inputs, logits, randomize_adapter, tiny_bert, tiny_llama
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import idlora_ext
+from idlora_ext import IdLoraConfig, reference
+from idlora_ext.layer import IdLoraLayer, fit_rank
+
+DOORS = {
+    "apply": lambda model, **fields: idlora_ext.apply(model, **fields),
+    "inject": lambda model, **fields: inject_adapter_in_model(IdLoraConfig(**fields), model),
+    "add_adapter": lambda model, **fields: model.add_adapter(IdLoraConfig(**fields)) or model,
+    "get_peft_model": lambda model, **fields: get_peft_model(model, IdLoraConfig(**fields)),
+}
+HEADS = {"bert": {"exclude_modules": ["classifier"]}}  # a new head: 3 classes hold no k * r rows
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+def fields_for(kind, **fields):
+    return FIELDS | HEADS.get(kind, {}) | fields
+
+
+def modules_of(model):
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def layers_of(model, prefix=""):
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, IdLoraLayer)}
+
+
+def state_of(model):
+    """Everything a failure must not change."""
+    return (
+        modules_of(model),
+        {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()},
+        sorted(vars(model)),
+        dict(getattr(model, "peft_config", {})),
+        model.training,
+    )
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_adapts_every_linear_layer(kind, door):
+    model = MODELS[kind]()
+    before = logits(model)
+    targets = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))} - {"lm_head", "classifier"}
+    adapted = DOORS[door](model, **fields_for(kind))
+    layers = layers_of(adapted)
+    assert set(layers) == targets
+    assert all(layer.idlora_B["default"].count_nonzero() == 0 for layer in layers.values())
+    assert all(layer.idlora_router["default"].count_nonzero() for layer in layers.values())
+    trainable = {n for n, p in adapted.named_parameters() if p.requires_grad and "classifier" not in n}
+    assert all("idlora_router" in n or "idlora_B" in n for n in trainable)
+    assert len(trainable) == 2 * len(targets)
+    biased = any(layer.bias is not None for layer in layers.values())
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-4 if biased else 0, atol=1e-4 if biased else 0)
+
+
+def test_same_configuration_gives_the_same_adapter_by_every_door(kind):
+    tensors = {}
+    for door, adapt in DOORS.items():
+        model = adapt(MODELS[kind](), **fields_for(kind, shared_router=False, seed=3))
+        tensors[door] = {
+            name + key: value
+            for name, layer in layers_of(model).items()
+            for key, value in layer.state_dict().items()
+            if "idlora" in key
+        }
+    for door in DOORS:
+        assert tensors[door].keys() == tensors["apply"].keys()
+        assert all(torch.equal(value, tensors["apply"][key]) for key, value in tensors[door].items())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-cluster"])
+def test_adapted_layer_is_the_papers_equation(kind, shared):
+    model = randomize_adapter(idlora_ext.apply(MODELS[kind](), **fields_for(kind, shared_router=shared, scaling=0.5)))
+    model.double()
+    for layer in layers_of(model).values():
+        h = torch.randn(3, layer.in_features, dtype=torch.float64)
+        W = layer.get_base_weight()
+        assert W.shape == (layer.out_features, layer.in_features)
+        index, router, B = (getattr(layer, n)["default"] for n in ("idlora_index", "idlora_router", "idlora_B"))
+        expected = reference.linear(h, W, layer.bias, index, router, B, 0.5)
+        torch.testing.assert_close(layer(h), expected, rtol=1e-10, atol=1e-10)
+        x = torch.einsum("nd,krd->nkr", h, W[index.long()])
+        torch.testing.assert_close(layer.alpha(h).double(), (x * router).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_untrained_layers_return_the_base_output(kind, dtype):
+    """Without bias bit for bit; with a bias within one extra rounding of the output's dtype."""
+    base = MODELS[kind]().to(dtype)
+    for layer in layers_of(idlora_ext.apply(base, **fields_for(kind))).values():
+        h = torch.randn(50, layer.in_features).to(dtype)
+        expected = layer.base_layer(h)
+        y = layer(h)
+        assert y.dtype == expected.dtype
+        if layer.bias is None:
+            assert torch.equal(y, expected)
+            continue
+        # y0 is rounded before the bias comes: half a unit in the last place of y0, and the base's own last rounding.
+        y0 = h.double() @ layer.get_base_weight().double().T
+        exact = y0 + layer.bias.double()
+        accumulation = 2**-22 * (
+            h.double().abs() @ layer.get_base_weight().double().abs().T + layer.bias.double().abs()
+        )
+        eps = torch.finfo(dtype).eps
+        assert ((y.double() - exact).abs() <= eps / 2 * (y0.abs() + 1.01 * exact.abs()) + accumulation).all()
+
+
+def test_large_biases_do_not_reach_the_gathered_columns():
+    """Qwen2's biases are in the hundreds: taken off a bfloat16 output again, they would leave noise."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64).to(torch.bfloat16)
+    nn.init.normal_(linear.bias, std=300.0)
+    model = randomize_adapter(idlora_ext.apply(nn.Sequential(linear), target_modules=["0"], **FIELDS))
+    layer = model[0]
+    h = torch.randn(100, 64, dtype=torch.bfloat16)
+    exact = torch.einsum("nd,krd->nkr", h.double(), linear.weight.double()[layer.idlora_index["default"].long()])
+    exact = (exact * layer.idlora_router["default"].double()).sum(-1)
+    assert (layer.alpha(h).double() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_opaque_base_layer_with_a_bias():
+    """A layer that adds its bias itself - here one with a forward hook - has bias[index] taken off what is gathered."""
+    torch.manual_seed(0)
+    model = randomize_adapter(idlora_ext.apply(nn.Sequential(nn.Linear(32, 32)), target_modules=["0"], **FIELDS))
+    h = torch.randn(5, 32)
+    plain = model(h)
+    called = []
+    model[0].base_layer.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(model(h), plain)
+    assert called, "the hook of the base layer was bypassed"
+
+
+def test_remove_restores_objects_outputs_and_trainability(kind):
+    model = MODELS[kind]()
+    next(model.parameters()).requires_grad_(False)  # what was frozen before stays frozen
+    before, output = state_of(model), logits(model)
+    assert idlora_ext.apply(model, **fields_for(kind)) is model
+    randomize_adapter(model)
+    assert not torch.equal(logits(model), output)
+    assert idlora_ext.remove(model) is model
+    assert state_of(model) == before
+    assert torch.equal(logits(model), output)
+    with pytest.raises(ValueError, match="the model has no ID-LoRA adapter"):
+        idlora_ext.remove(model)
+    idlora_ext.apply(model, **fields_for(kind))  # and it can be adapted again
+
+
+def test_remove_takes_a_peft_model_apart_too():
+    base = tiny_llama()
+    before, output = state_of(base), logits(base)
+    assert idlora_ext.remove(get_peft_model(base, IdLoraConfig(**FIELDS))) is base
+    assert state_of(base) == before
+    assert torch.equal(logits(base), output)
+
+
+def test_several_adapters():
+    model = tiny_llama()
+    base = logits(model)
+    randomize_adapter(idlora_ext.apply(model, adapter_name="a", **FIELDS), "a", seed=1)
+    only_a = logits(model)
+    idlora_ext.apply(model, adapter_name="b", target_modules=["q_proj", "up_proj"], shared_router=False, **FIELDS)
+    randomize_adapter(model, "b", seed=2)
+    only_b = logits(model)  # the newest adapter is the active one
+    model.set_adapter("a")
+    assert torch.equal(logits(model), only_a)
+    model.set_adapter("b")
+    assert torch.equal(logits(model), only_b)
+    model.set_adapter(["a", "b"])  # a sum of updates of the same base output, in whatever order
+    both = logits(model)
+    model.set_adapter(["b", "a"])
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-5)
+    layer = model.model.layers[0].self_attn.q_proj
+    h = torch.randn(3, 64)
+    separately = []
+    for name in ("a", "b"):
+        layer.set_adapter(name)
+        separately.append(layer(h) - layer.base_layer(h))
+    layer.set_adapter(["a", "b"])
+    torch.testing.assert_close(layer(h), layer.base_layer(h) + separately[0] + separately[1])
+
+    model.set_adapter(["a", "b"])
+    idlora_ext.remove(model, "a")
+    assert torch.equal(logits(model), only_b)
+    assert not any(n.startswith("model.layers.0.mlp.gate_proj.idlora") for n, _ in model.named_parameters())
+    assert type(model.model.layers[0].mlp.gate_proj) is nn.Linear
+    idlora_ext.remove(model, "b")
+    assert torch.equal(logits(model), base)
+
+
+def test_disabling_is_bit_equal_to_the_base(kind):
+    base = logits(MODELS[kind]())
+    model = randomize_adapter(idlora_ext.apply(MODELS[kind](), **fields_for(kind)))
+    model.disable_adapters()
+    assert torch.equal(logits(model), base)
+    model.enable_adapters()
+    assert not torch.equal(logits(model), base)
+    peft_model = randomize_adapter(get_peft_model(MODELS[kind](), IdLoraConfig(**fields_for(kind))))
+    with peft_model.disable_adapter():
+        assert torch.equal(logits(peft_model), base)
+
+
+def test_applying_a_name_twice_is_an_error_and_changes_nothing():
+    model = randomize_adapter(idlora_ext.apply(tiny_llama(), **FIELDS))
+    before, output = state_of(model), logits(model)
+    with pytest.raises(ValueError, match="already has an ID-LoRA adapter 'default'.*another adapter_name"):
+        idlora_ext.apply(model, **FIELDS)
+    assert state_of(model) == before
+    assert torch.equal(logits(model), output)
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter(IdLoraConfig(**FIELDS))
+    assert torch.equal(logits(model), output)
+
+
+class Odd(nn.Module):
+    """A model with everything that cannot be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Linear(16, 16)
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.embed = nn.Embedding(4, 16)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.odd = nn.Linear(16, 15)
+        self.tiny = nn.Linear(16, 2)
+
+
+BAD = {
+    "convolution": (Odd, {"target_modules": ["fine", "conv"]}, r"conv \(Conv2d\)"),
+    "embedding": (Odd, {"target_modules": ["fine", "embed"]}, r"embed \(Embedding\)"),
+    "several": (Odd, {"target_modules": ["conv", "embed", "fine"]}, r"conv \(Conv2d\), embed \(Embedding\)"),
+    "attention": (Odd, {"target_modules": ["out_proj", "fine"]}, r"attention.out_proj \(nn.MultiheadAttention reads"),
+    "odd": (Odd, {"target_modules": ["fine", "odd"]}, r"odd \(d = 15 cannot hold k = 2 clusters of a rank"),
+    "tiny": (Odd, {"target_modules": ["fine", "tiny"]}, r"tiny \(d = 2 cannot hold.*exclude_modules"),
+    "none": (Odd, {"target_modules": ["nothing"]}, "not found in the base model"),
+    "too narrow": (Odd, {"target_modules": ["fine"], "r": 32, "rank_fit": "error"}, r"fine \(d = 16: r = 8 instead of 32\).*Lower r"),
+    "nan": (lambda: poisoned(float("nan")), {}, r"layer 'model.layers.1.mlp.up_proj': .*finite.*exclude_modules"),
+    "inf": (lambda: poisoned(float("inf")), {}, r"layer 'model.layers.1.mlp.up_proj': .*finite"),
+    "other tuner": (lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama()), {"target_modules": ["q_proj", "v_proj"]}, "already adapted by peft.tuners.lora.*"),
+}  # fmt: skip
+
+
+def poisoned(value):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    return model
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_failure_names_the_layers_and_leaves_the_model_as_it_was(case):
+    make, fields, message = BAD[case]
+    model = make().train()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        idlora_ext.apply(model, **(FIELDS | fields))
+    assert state_of(model) == before
+    config = IdLoraConfig(**(FIELDS | fields))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert state_of(model) == before
+
+
+def test_a_failing_second_adapter_leaves_the_first_one_as_it_was():
+    model = randomize_adapter(idlora_ext.apply(tiny_llama(), target_modules=["q_proj"], **FIELDS))
+    before, output = state_of(model), logits(model)
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    poisoned_output = logits(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="k_proj"):
+            idlora_ext.apply(model, adapter_name="b", **FIELDS)
+        assert state_of(model) == before
+        assert model.active_adapters() == ["default"]
+        torch.testing.assert_close(logits(model), poisoned_output, equal_nan=True)
+    assert not torch.equal(output, poisoned_output)
+
+    peft_model = get_peft_model(tiny_llama(), IdLoraConfig(target_modules=["q_proj"], **FIELDS))
+    before = state_of(peft_model.get_base_model())
+    with pytest.raises(ValueError, match="nothing"):
+        peft_model.add_adapter("b", IdLoraConfig(target_modules=["nothing"], **FIELDS))
+    assert state_of(peft_model.get_base_model()) == before
+    assert list(peft_model.peft_config) == ["default"]
+
+
+def test_interrupting_the_clustering_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_llama()
+    before = state_of(model)
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    from idlora_ext import layer
+
+    original = layer.select_rows
+    monkeypatch.setattr(layer, "select_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        idlora_ext.apply(model, **FIELDS)
+    assert state_of(model) == before
+
+
+def test_wrong_arguments_of_apply():
+    model = tiny_llama()
+    for arguments, error, message in (
+        ({"rank": 4}, TypeError, "IdLoraConfig has no field rank; it has .*rank_boost"),
+        ({"adapter_name": "a.b"}, ValueError, "adapter_name must be"),
+        ({"config": LoraConfig()}, TypeError, "config must be an IdLoraConfig, got LoraConfig"),
+    ):
+        with pytest.raises(error, match=message):
+            idlora_ext.apply(model, **arguments)
+    with pytest.raises(TypeError, match="model must be an nn.Module"):
+        idlora_ext.apply("model")
+    with pytest.raises(TypeError, match=r"use model.add_adapter"):
+        idlora_ext.apply(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r must be an integer >= 1, got 0"),
+        ({"r": 7}, "r must be a multiple of rank_boost = 2, got 7"),
+        ({"num_clusters": 1.5}, "num_clusters must be an integer"),
+        ({"selection": "best"}, "selection must be one of nearest, sequential, random, got 'best'"),
+        ({"router": "square"}, "router must be one of linear"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"rank_fit": "maybe"}, "rank_fit must be one of shrink, error"),
+        ({"rank_pattern": {"q_proj": 5}}, r"rank_pattern must be ranks .*got \{'q_proj': 5\}"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"target_modules": None}, "target_modules must be"),
+        ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),
+    ],
+)
+def test_wrong_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        IdLoraConfig(**fields)
+
+
+def test_narrow_layers_shrink_with_one_message():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = idlora_ext.apply(tiny_llama(), r=32, num_clusters=2)
+    messages = [str(w.message) for w in caught if "narrow" in str(w.message)]
+    assert len(messages) == 1
+    assert "4 of 14 layers" in messages[0]
+    assert "model.layers.{0-1}.self_attn.k_proj (d = 32: r = 16 instead of 32)" in messages[0]
+    summary = idlora_ext.summary(model)
+    assert {row.name.rpartition(".")[2]: row.r for row in summary.rows if row.shrunk} == {"k_proj": 16, "v_proj": 16}
+
+
+def test_fit_rank():
+    assert fit_rank(4096, 4, 128, 2) == 128
+    assert fit_rank(192, 4, 128, 2) == 48
+    assert fit_rank(198, 4, 128, 2) == 48  # 49 fits, but is odd
+    assert fit_rank(15, 2, 4, 2) == 0  # s does not divide d
+    assert fit_rank(3, 2, 4, 2) == 0
+
+
+def test_targeting_fields():
+    def adapted(**fields):
+        return set(layers_of(idlora_ext.apply(tiny_llama(), **(FIELDS | fields))))
+
+    every = adapted()
+    assert len(every) == 14
+    assert adapted(exclude_modules=["q_proj"]) == {n for n in every if not n.endswith("q_proj")}
+    assert adapted(layers_to_transform=[1]) == {n for n in every if ".1." in n}
+    assert adapted(layers_to_transform=1, layers_pattern="layers") == {n for n in every if ".1." in n}
+    assert adapted(target_modules=r".*\.0\..*_proj") == {n for n in every if ".0." in n}
+    assert adapted(target_modules=["q_proj"], layers_to_transform=[0]) == {"model.layers.0.self_attn.q_proj"}
+
+
+def test_rank_pattern_and_seed():
+    model = idlora_ext.apply(tiny_llama(), rank_pattern={"q_proj": 4, r"layers\.1\.mlp\.up_proj": 16}, **FIELDS)
+    ranks = {row.name: row.r for row in idlora_ext.summary(model).rows}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    assert ranks["model.layers.1.mlp.up_proj"] == 16
+    assert ranks["model.layers.0.mlp.up_proj"] == 8
+
+    def router(seed):
+        return layers_of(idlora_ext.apply(tiny_llama(), seed=seed, **FIELDS))["model.layers.0.self_attn.q_proj"]
+
+    assert torch.equal(router(1).idlora_router["default"], router(1).idlora_router["default"])
+    assert not torch.equal(router(1).idlora_router["default"], router(2).idlora_router["default"])
+
+
+def test_the_users_configuration_is_not_changed():
+    config = IdLoraConfig(**FIELDS)
+    copied = copy.deepcopy(config)
+    get_peft_model(tiny_llama(), config)
+    idlora_ext.apply(tiny_llama(), config)
+    assert config == copied
+    idlora_ext.apply(tiny_bert(), config, exclude_modules=["classifier"])  # so it serves another model
+
+
+def test_new_classification_head_is_trained_in_full():
+    model = idlora_ext.apply(tiny_bert(), **FIELDS)
+    head = {n for n, p in model.named_parameters() if p.requires_grad and "idlora" not in n}
+    assert head == {"classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias"}
+    assert idlora_ext.summary(model).other_trainable == 3 * 64 + 3
+
+
+def test_summary_prints_and_is_data():
+    model = idlora_ext.apply(tiny_llama(), **FIELDS)
+    summary = idlora_ext.summary(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert summary.trainable_parameters == trainable == summary.B_parameters + summary.router_parameters
+    assert summary.total_parameters == total
+    assert summary.to_dict()["percent"] == pytest.approx(100 * trainable / total)
+    assert sum(row.share for row in summary.rows) == pytest.approx(1)
+    first = summary.rows[0]
+    assert (first.name, first.d, first.d_in, first.k, first.r, first.s) == (
+        "model.layers.0.self_attn.q_proj",
+        64,
+        64,
+        2,
+        8,
+        2,
+    )
+    text = str(summary)
+    assert "model.layers.1.mlp.down_proj" in text
+    assert f"{trainable:,} trainable of {total:,}" in text
+    with pytest.raises(ValueError, match="no ID-LoRA adapter 'other'"):
+        idlora_ext.summary(model, "other")
+
+
+def test_plain_modules_need_no_transformers_model():
+    model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 20))
+    before = model(torch.ones(1, 20))
+    idlora_ext.apply(model, **FIELDS)
+    assert len(layers_of(model)) == 2
+    torch.testing.assert_close(model(torch.ones(1, 20)), before)
+
+
+def test_dropout_acts_on_z_while_training():
+    model = randomize_adapter(idlora_ext.apply(tiny_llama(), dropout=0.5, **FIELDS))
+    layer = next(iter(layers_of(model).values()))
+    h = torch.randn(4, 64)
+    still = layer.eval()(h)
+    layer.train()
+    base = layer.base_layer(h)
+    updates = torch.stack([layer(h) - base for _ in range(2000)])
+    assert not torch.equal(updates[0], updates[1])
+    # An unbiased estimate: 2000 draws, each as noisy as the update is large, average to within 5 standard errors.
+    assert ((updates.mean(0) - (still - base)).abs() <= 5 * updates.std(0) / 2000**0.5 + 1e-6).all()
+
+
+def test_adapter_parameters_of_half_precision_models():
+    model = idlora_ext.apply(tiny_llama().bfloat16(), **FIELDS)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert logits(model).dtype == torch.bfloat16
+    kept = get_peft_model(tiny_llama().bfloat16(), IdLoraConfig(**FIELDS), autocast_adapter_dtype=False)
+    assert {p.dtype for p in kept.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert logits(kept).dtype == torch.bfloat16
+
+
+def test_merging_is_refused_before_anything_changes():
+    peft_model = randomize_adapter(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS)))
+    before = logits(peft_model)
+    for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged.*depend on the token"):
+            merge()
+        assert torch.equal(logits(peft_model), before)
+
+
+def test_compiles_as_a_whole_without_graph_breaks():
+    model = randomize_adapter(idlora_ext.apply(tiny_llama(), **FIELDS)).train()
+    eager = model(**inputs(), labels=inputs()["input_ids"]).loss
+    eager.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+    loss = compiled(**inputs(), labels=inputs()["input_ids"]).loss
+    loss.backward()
+    torch.testing.assert_close(loss, eager)
+    assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_deepcopy_and_training_step():
+    model = idlora_ext.apply(tiny_llama(), **FIELDS).train()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
+    batch = inputs(4, 16)
+    losses = []
+    for _ in range(20):
+        loss = twin(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert torch.equal(logits(model.eval()), logits(tiny_llama()))
