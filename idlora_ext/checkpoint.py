@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import IdLoraConfig
+from .config import BaseMismatch, IdLoraConfig
 from .fingerprint import difference
 from .layer import IdLoraLayer
 
@@ -41,6 +42,10 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
     Raises:
         ValueError: naming the tensors or the first layer that does not fit.
     """
+    if config.base_mismatch not in get_args(BaseMismatch):
+        raise ValueError(
+            f"base_mismatch must be one of {', '.join(get_args(BaseMismatch))}, got {config.base_mismatch!r}"
+        )
     layers = {
         name.removeprefix(_PREFIX): module
         for name, module in model.named_modules()
@@ -124,7 +129,7 @@ def read_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{file}: adapters are read from .safetensors files only")
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 
@@ -178,7 +183,7 @@ def load(
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,
-    base_mismatch: str = "error",
+    base_mismatch: BaseMismatch = "error",
 ) -> nn.Module:
     """Load an adapter into any ``nn.Module``, in place, and make it the active one. It never clusters.
 
@@ -202,11 +207,17 @@ def load(
 
     config = read_config(directory)
     tensors = read_tensors(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
-    config.base_mismatch = base_mismatch  # type: ignore[assignment]
+    if not isinstance(model, PeftModel):  # PEFT looks for modules_to_save under the model's own names
+        tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    config.base_mismatch = base_mismatch
     config.inference_mode = not is_trainable
     if _has_adapter(model, adapter_name):
+        holder = model.base_model if isinstance(model, PeftModel) else model
+        holder.peft_config[adapter_name].base_mismatch = base_mismatch
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         return model
+    if isinstance(model, PeftModel):
+        raise TypeError("load: the model is a PeftModel; use model.load_adapter(directory, adapter_name)")
     inject(model, config, adapter_name, tensors=tensors)
     if not is_trainable:
         model.eval()

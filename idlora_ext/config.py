@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -46,7 +45,7 @@ class IdLoraConfig(PeftConfig):
         index_stored: the rows are in the adapter's file and are never chosen again. Set once rows have been chosen;
             set it back to False to use a saved configuration for a fresh adapter.
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
-            ``"warn"``. Never written to a file: only the person who loads may relax it.
+            ``"warn"``. An attribute to set, not an argument, and never in a file: only who loads may relax it.
 
     Raises:
         ValueError, TypeError: on a value out of its range, naming the field.
@@ -79,7 +78,9 @@ class IdLoraConfig(PeftConfig):
         default=None, metadata={"help": "Further modules to train and save in full."}
     )
     index_stored: bool = field(default=False, metadata={"help": "The chosen rows are in the adapter's file."})
-    base_mismatch: BaseMismatch = field(default="error", metadata={"help": "On loading onto another base layer."})
+    base_mismatch: BaseMismatch = field(
+        default="error", init=False, metadata={"help": "On loading onto another base layer."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +96,6 @@ class IdLoraConfig(PeftConfig):
             ("router", Router),
             ("selection", Selection),
             ("rank_fit", RankFit),
-            ("base_mismatch", BaseMismatch),
         ):
             self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
         if not isinstance(self.rank_pattern, dict):
@@ -129,13 +129,6 @@ class IdLoraConfig(PeftConfig):
     def resolved(self) -> IdLoraConfig:
         """A copy that a model may own: resolving targets must not change the configuration a user passed in."""
         return copy.deepcopy(self)
-
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """PEFT's constructor from a file. A file may not relax the check of the base model."""
-        if kwargs.pop("base_mismatch", "error") != "error":
-            warnings.warn("adapter_config.json sets base_mismatch; only the loading program may: ignored", stacklevel=2)
-        return super().from_peft_type(**kwargs)
 
 
 def _is_int(value: Any) -> bool:

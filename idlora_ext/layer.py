@@ -146,7 +146,8 @@ class Linear(nn.Module, IdLoraLayer):
                 raise ValueError(
                     f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
                     "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
-                    "idlora_ext.load), or set config.index_stored = False to choose rows for this model."
+                    "idlora_ext.load), remove the adapter (idlora_ext.remove), or set config.index_stored = False to "
+                    "choose rows for this model."
                 )
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
         if bias is not None and bias.dtype not in (y0.dtype, torch.float32):

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from . import integration
 from .layer import IdLoraLayer
 
 _TRAINABLE = "_idlora_trainable"  # on an adapted model: names of the parameters that were trainable before
@@ -90,6 +91,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
             active = [a for a in module.active_adapters if a not in doomed]
             module._active_adapter = active or left[:1]
             module.delete_adapter(name, *([active] if isinstance(module, AuxiliaryTrainingWrapper) else []))
+    integration.forget_transformers_load(base)
     configs: dict[str, Any] = vars(base).get("peft_config", {})
     for name in doomed:
         configs.pop(name, None)

@@ -29,16 +29,15 @@ def tiny_llama(seed: int = 0, **overrides: object) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=101,
-        **overrides,
-    )
-    return LlamaForCausalLM(config).eval()
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 101,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(config | overrides))).eval()
 
 
 def tiny_gpt2(seed: int = 0) -> nn.Module:

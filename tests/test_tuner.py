@@ -219,7 +219,7 @@ def test_disabling_is_bit_equal_to_the_base(kind):
 def test_applying_a_name_twice_is_an_error_and_changes_nothing():
     model = randomize_adapter(idlora_ext.apply(tiny_llama(), **FIELDS))
     before, output = state_of(model), logits(model)
-    with pytest.raises(ValueError, match="already has an ID-LoRA adapter 'default'.*another adapter_name"):
+    with pytest.raises(ValueError, match=r"already has an ID-LoRA adapter 'default'.*another adapter_name"):
         idlora_ext.apply(model, **FIELDS)
     assert state_of(model) == before
     assert torch.equal(logits(model), output)
@@ -326,7 +326,7 @@ def test_wrong_arguments_of_apply():
     ):
         with pytest.raises(error, match=message):
             idlora_ext.apply(model, **arguments)
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         idlora_ext.apply("model")
     with pytest.raises(TypeError, match=r"use model.add_adapter"):
         idlora_ext.apply(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS)))
@@ -475,7 +475,7 @@ def test_merging_is_refused_before_anything_changes():
     peft_model = randomize_adapter(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS)))
     before = logits(peft_model)
     for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
-        with pytest.raises(ValueError, match="cannot be merged.*depend on the token"):
+        with pytest.raises(ValueError, match=r"cannot be merged.*depend on the token"):
             merge()
         assert torch.equal(logits(peft_model), before)
 
