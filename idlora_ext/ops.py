@@ -183,8 +183,11 @@ def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _route(x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` and ``a [..., k, 1]``, ``z [..., r]`` in the accumulation dtype."""
     x = x.to(accumulate(x.dtype))
-    a = (x * router.to(x.dtype)).sum(-1, keepdim=True)
-    return x, a, (a * x).sum(-2)
+    if router.shape[0] == 1:
+        a = (x @ router[0].to(x.dtype)).unsqueeze(-1)
+    else:
+        a = (x * router.to(x.dtype)).sum(-1, keepdim=True)
+    return x, a, (a.mT @ x).squeeze(-2)
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -279,13 +282,13 @@ def _adapt(
 def _adapt_backward(
     dy: Tensor, x: Tensor, index: Tensor, router: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy0, _, _ = fakes.adapt_backward(dy, x, index, router, B, scaling)
+    fakes.adapt_backward(dy, x, index, router, B, scaling)
     wide, a, z = _route(x, router)
     dz, dB = _shared_gemm_backward(dy, z, B, scaling)
     dx, drouter = _rb_scale_gradient(dz, wide, a, router)
-    flat = index.reshape(-1).long()
-    columns = dy.index_select(-1, flat)
-    dy0.copy_(dy).index_copy_(-1, flat, (columns + dx.view(columns.shape)).to(dy.dtype))
+    dx = dx.flatten(-2).to(dy.dtype)
+    # Distinct entries: no element gets two additions, so the result does not depend on their order.
+    dy0 = dy.clone().scatter_add_(-1, index.flatten().long().expand_as(dx), dx)
     return dy0, drouter.to(router.dtype), dB
 
 
