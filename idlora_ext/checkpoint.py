@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -212,7 +212,7 @@ def load(
     config.base_mismatch = base_mismatch
     config.inference_mode = not is_trainable
     if _has_adapter(model, adapter_name):
-        holder = model.base_model if isinstance(model, PeftModel) else model
+        holder: Any = model.base_model if isinstance(model, PeftModel) else model
         holder.peft_config[adapter_name].base_mismatch = base_mismatch
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         return model
