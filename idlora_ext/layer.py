@@ -190,14 +190,18 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int) -> None:
-    """``T ~ N(0, 1 / (k r m^2))`` with ``m`` the mean norm of the chosen rows.
+    """``T_j ~ N(0, 1 / (k r w_j^2))``, ``w_j`` the norm of the chosen row (its mean over clusters if ``T`` is shared).
 
-    For an input of unit variance ``x_i`` has entries of size ``m``, so ``a_i`` starts at about ``1 / sqrt(k)`` and
-    ``z`` at the size of one ``x_i``: the first gradient of ``B`` is that of a product with ``A_i h`` itself.
+    For an input of unit variance ``x_ij`` has the size ``w_j``, so all ``r`` terms of ``a_i`` have one size, ``a_i``
+    starts at about ``1 / sqrt(k)``, and the first gradient of ``B`` is about that of a product with one ``A_i h``.
+    Other starts were tried on real activations, see docs/router_start.md.
     """
     if weight.is_meta:
         return
     k, r = index.shape
-    m = weight[index.flatten().long()].float().norm(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
-    normal = torch.randn(router.shape, generator=torch.Generator().manual_seed(seed))
-    router.copy_(normal.to(router.device) / (m * math.sqrt(k * r)))
+    norms = weight[index.flatten().long()].float().norm(dim=1).view(k, r)
+    if router.shape[0] == 1:
+        norms = norms.mean(0, keepdim=True)
+    normal = torch.randn(router.shape, generator=torch.Generator().manual_seed(seed)).to(router.device)
+    floor = torch.finfo(torch.float32).tiny ** 0.5  # rows of zeros: their x is zero too
+    router.copy_(torch.where(norms > floor, normal / (norms.clamp_min(floor) * math.sqrt(k * r)), 0))
