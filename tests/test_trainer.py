@@ -67,16 +67,19 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(door, tmp_path):
     resumed = trainer(DOORS[door](), tmp_path / "b", 8)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(uninterrupted)
-    for ours, theirs in zip(
-        resumed.model.state_dict().items(), uninterrupted.model.state_dict().items(), strict=True
-    ):
+    for ours, theirs in zip(resumed.model.state_dict().items(), uninterrupted.model.state_dict().items(), strict=True):
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_best_model_is_loaded_at_the_end(door, tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "lr_scheduler_type": "constant"}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "constant",
+    }
     run = trainer(DOORS[door](), tmp_path, 12, **options)
     run.train_dataset = run.eval_dataset = rows(4)  # few enough to be learned by heart
 
