@@ -53,9 +53,7 @@ def main() -> int:
         every=max(6, steps // 5),
         lr=1e-3,
         warmup=2 if args.quick else 4,
-        adapter={
-            "r": 32
-        },  # k * r = 128 rows of layers 192 to 1536 wide; the default, 128, is for models of 3B and more
+        adapter={"r": 32},  # the default, 128, is for models of 3B and more; here layers are 192 to 1536 wide
     )
     result = finetune(settings)
 
