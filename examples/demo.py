@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+# Before torch is loaded: threads that wait must not spin, or one other busy process makes a step ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from assets import gsm8k, smollm2
 from transformers.utils import logging
