@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from idlora_ext.layer import IdLoraLayer
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -105,3 +107,29 @@ def randomize_adapter(model: nn.Module, adapter_name: str = "default", std: floa
         if name.endswith(f"idlora_B.{adapter_name}"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
+
+
+HEADS = {"bert": {"exclude_modules": ["classifier"]}}  # a new head: 3 classes hold no k * r rows
+
+
+def fields_for(kind, **fields):
+    return FIELDS | HEADS.get(kind, {}) | fields
+
+
+def modules_of(model):
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def layers_of(model):
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, IdLoraLayer)}
+
+
+def state_of(model):
+    """Everything a failure must not change."""
+    return (
+        modules_of(model),
+        {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()},
+        sorted(vars(model)),
+        dict(getattr(model, "peft_config", {})),
+        model.training,
+    )

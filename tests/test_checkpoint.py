@@ -8,10 +8,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, logits, randomize_adapter, tiny_bert, tiny_llama
+from conftest import FIELDS, MODELS, fields_for, logits, randomize_adapter, state_of, tiny_bert, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_tuner import fields_for, state_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -6,9 +6,8 @@ import os
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, logits, tiny_llama
+from conftest import FIELDS, MODELS, fields_for, layers_of, logits, tiny_llama
 from peft import LoraConfig, get_peft_model
-from test_tuner import fields_for, layers_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import idlora_ext
