@@ -1,7 +1,4 @@
-"""The command ``idlora``: fine-tune a language model, see what changed, look inside an adapter.
-
-Torch and transformers are imported by the functions that need them, so that help and usage errors come at once.
-"""
+"""The command ``idlora``: fine-tune a language model, see what changed, look inside an adapter."""
 
 from __future__ import annotations
 
