@@ -1,0 +1,77 @@
+// One token at a time: the gather and the routed sum.
+#pragma once
+
+#include "cpu/vector.h"
+
+namespace idlora::cpu::IDLORA_ISA {
+
+// The router as floats, [rows, padded(r)] with zeros behind each row.
+class Router {
+ public:
+  Router(const void* router, Dtype dtype, int64_t rows, int64_t r)
+      : width_(padded(r)), shared_(rows == 1), floats_(rows * width_) {
+    typed(dtype, router, [&](const auto* T) {
+      for (int64_t i = 0; i < rows; ++i) widen(T + i * r, r, floats_ + i * width_);
+    });
+  }
+  const float* operator[](int64_t i) const { return floats_ + (shared_ ? 0 : i * width_); }
+
+ private:
+  int64_t width_;
+  bool shared_;
+  Buffer floats_;
+};
+
+// The bias as floats, or null.
+class Bias {
+ public:
+  Bias(const void* bias, Dtype dtype, int64_t d) : given_(bias != nullptr), floats_(given_ ? padded(d) : 0) {
+    if (given_) typed(dtype, bias, [&](const auto* b) { widen(b, d, floats_); });
+  }
+  operator const float*() const { return given_ ? static_cast<float*>(floats_) : nullptr; }
+
+ private:
+  bool given_;
+  Buffer floats_;
+};
+
+// x of one token as floats, [k, padded(r)].
+template <class T>
+inline void widen_x(const T* x, int64_t k, int64_t r, float* wide) {
+  for (int64_t i = 0; i < k; ++i) widen(x + i * r, r, wide + i * padded(r));
+}
+
+// x_i = (y0 - bias)[index_i] of one token, rounded to T as it is kept. `next` is y0 of the next token: no processor
+// foresees what is gathered there.
+template <class T>
+inline void gather(const T* y0, const T* next, const int32_t* index, const float* bias, int64_t n, T* x) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = y0[index[i]];
+    __builtin_prefetch(next + index[i]);
+  }
+  if (!bias) return;
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t count = smaller(W, n - i);
+    float b[W] = {};
+    for (int64_t j = 0; j < count; ++j) b[j] = bias[index[i + j]];
+    store(x + i, load(x + i, count) - load(b), count);
+  }
+}
+
+// a_i = <T_i, x_i>, z = sum_i a_i x_i; x is [k, width] with zeros behind r, width = padded(r).
+inline void route(const float* x, const Router& router, int64_t k, int64_t width, float* a, float* z) {
+  for (int64_t i = 0; i < k; ++i) {
+    const float* const T = router[i];
+    Floats product{};
+    for (int64_t j = 0; j < width; j += W) product += load(T + j) * load(x + i * width + j);
+    a[i] = sum(product);
+  }
+  for (int64_t j = 0; j < width; j += W) {
+    Floats routed{};
+    for (int64_t i = 0; i < k; ++i) routed += a[i] * load(x + i * width + j);
+    store(z + j, routed);
+  }
+}
+
+}  // namespace idlora::cpu::IDLORA_ISA

@@ -1,0 +1,205 @@
+// adapt for training and prefill: y = y0 + bias + scaling * concat_j(B z^(j)), z = sum_i <T_i, x_i> x_i, in one launch.
+//
+// A block of 8 warps takes 32 tokens, and all columns of y or, when there are few tokens, a share of them:
+//   1. order    the k r gathered columns are sorted, once a block, so that a warp reads whole sectors of y0;
+//   2. gather   x goes to shared memory as [rank][token], a token a lane from here on. The odd number of words in a row of
+//               it makes both the writes (lanes are ranks) and the reads (lanes are tokens) free of bank conflicts, for
+//               any choice of rows;
+//   3. route    a_i, then z, in float32; z is rounded once and stored for ldmatrix;
+//   4. product  tensor.cuh. y0 is found again in L2.
+#include "sort_columns.cuh"
+#include "tensor.cuh"
+#include "variants.h"
+
+namespace idlora::cuda {
+namespace {
+
+constexpr int TOKENS = 32, WARPS = 8, THREADS = 32 * WARPS;
+constexpr int X_STRIDE = TOKENS + 2, X_WORDS = X_STRIDE / 2;  // elements and words of a row of x; the words are odd
+constexpr int MAX_GATHERED = 65536 / X_WORDS;                 // for 16-bit offsets; shared memory ends before
+
+// Byte offsets into dynamic shared memory; each a multiple of 16.
+struct Layout {
+  int order, row_of, router, a, scale, z, x, bytes;
+
+  __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
+    const int kr = k * r;
+    auto take = [this](size_t size) {
+      const int offset = bytes;
+      bytes += static_cast<int>(round_up(size, 16));
+      return offset;
+    };
+    bytes = 0;
+    order = take(kr * sizeof(int));
+    row_of = take(kr * sizeof(uint16_t));
+    router = take(router_rows * r * sizeof(float));
+    a = take(k * TOKENS * sizeof(float));
+    scale = take(TOKENS * sizeof(float));
+    // The warps' shares of a are done with before z is written, the bits of the sort before x is.
+    const size_t shares = WARPS * k * TOKENS * sizeof(float), rows = TOKENS * z_stride(s, r / s) * 2;
+    z = take(shares > rows ? shares : rows);
+    const size_t columns = sort_bytes(d), gathered = static_cast<size_t>(kr) * X_STRIDE * 2;
+    x = take(columns > gathered ? columns : gathered);
+  }
+};
+
+// x of one position for the lane's token: `x_lane` is the lane's column of x, `offset` the words before its row.
+template <class T>
+__device__ __forceinline__ float x_at(const T* x_lane, uint32_t offset) {
+  return to_float(x_lane[2 * offset]);
+}
+
+template <class T>
+__device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kr, int tokens) {
+  for (int p = threadIdx.x / 32 * 16; p < kr; p += 16 * WARPS) {
+    uint32_t own[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (p + 8 * half < kr) {
+        const uint4 rows = *reinterpret_cast<const uint4*>(row_of + p + 8 * half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          own[half][i] = pack<T>(x_at(x_lane, word(rows, i) & 0xffff), x_at(x_lane, word(rows, i) >> 16));
+      }
+    store_rows(out + p, kr, own, true, p + 8 < kr, tokens);
+  }
+}
+
+template <class T, class BT, int CHUNKS>
+__global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(const __grid_constant__ AdaptProblem p, int splits) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(16) char shared[];
+  const int k = p.k, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;
+  const Layout at(d, k, r, s, p.router_rows);
+  int* const order = reinterpret_cast<int*>(shared + at.order);
+  uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
+  float* const router = reinterpret_cast<float*>(shared + at.router);
+  float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
+  float* const shares = reinterpret_cast<float*>(shared + at.z);
+  T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
+  const T* const x_lane = x + threadIdx.x % 32;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int split = blockIdx.x % splits;  // the blocks of a tile run at the same time and meet in L2
+  const int64_t first = static_cast<int64_t>(blockIdx.x / splits) * TOKENS;
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first));
+  const int groups = (ds + COLUMNS - 1) / COLUMNS, share = (groups + splits - 1) / splits;
+  const int group = split * share + warp, end = min(groups, (split + 1) * share);
+
+  // 1. order
+  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
+  sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x), [&](int rank, int column, int position) {
+    order[rank] = column;
+    row_of[position] = static_cast<uint16_t>(rank * X_WORDS);
+  });
+  __syncthreads();
+
+  // 2. gather
+  const T* const y0 = static_cast<const T*>(p.y0) + first * p.y0_stride;
+  for (int rank = lane; rank < kr; rank += 32) {
+    const int column = order[rank];
+    const bool subtract = p.bias && p.bias_in_y0;
+    const float bias = subtract ? load_as_float(p.bias, p.bias_dtype, column) : 0;
+    T v[TOKENS / WARPS];
+#pragma unroll
+    for (int i = 0; i < TOKENS / WARPS; ++i) {
+      const int n = warp + i * WARPS;
+      v[i] = n < tokens ? y0[n * p.y0_stride + column] : from_float<T>(0);
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS / WARPS; ++i) {
+      if (subtract) v[i] = from_float<T>(to_float(v[i]) - bias);
+      x[rank * X_STRIDE + warp + i * WARPS] = v[i];
+    }
+  }
+  BColumns<T, BT, CHUNKS> columns;  // on its way while the tokens are routed
+  if (group < end) columns.load(p.B, ds, q, group);
+  __syncthreads();
+
+  // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
+  for (int i = 0; i < k; ++i) {
+    const float* const T_i = router + (p.router_rows == 1 ? 0 : i * r);
+    float sum = 0;
+    for (int b = 8 * warp; b < r; b += 8 * WARPS) {
+      const uint4 rows = *reinterpret_cast<const uint4*>(row_of + i * r + b);
+      const float4 t[2] = {*reinterpret_cast<const float4*>(T_i + b), *reinterpret_cast<const float4*>(T_i + b + 4)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum = fmaf(t[half].x, x_at(x_lane, word(rows, 2 * half) & 0xffff), sum);
+        sum = fmaf(t[half].y, x_at(x_lane, word(rows, 2 * half) >> 16), sum);
+        sum = fmaf(t[half].z, x_at(x_lane, word(rows, 2 * half + 1) & 0xffff), sum);
+        sum = fmaf(t[half].w, x_at(x_lane, word(rows, 2 * half + 1) >> 16), sum);
+      }
+    }
+    shares[(warp * k + i) * TOKENS + lane] = sum;
+  }
+  if (p.x && split == 0) store_x(static_cast<T*>(p.x) + first * kr, x_lane, row_of, kr, tokens);
+  __syncthreads();
+  for (int i = warp; i < k; i += WARPS) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += shares[(w * k + i) * TOKENS + lane];
+    a[i * TOKENS + lane] = sum;
+  }
+  __syncthreads();
+  float unscale = 1;
+  if constexpr (std::is_same_v<T, __half>) {
+    // z is quadratic in the activation and may leave float16's range; z / sum_i |a_i| is no larger than the largest x.
+    float sum = 0;
+    for (int i = 0; i < k; ++i) sum += fabsf(a[i * TOKENS + lane]);
+    const float power = exp2f(fminf(fmaxf(ceilf(log2f(sum)), -120.0f), 120.0f));
+    unscale = 1 / power;
+    if (warp == 0) scale[lane] = power;
+  }
+  constexpr int blocks = CHUNKS;
+  for (int b = warp; b < s * blocks; b += WARPS) {
+    const int first_of_part = b % blocks * INNER, position = b / blocks * q + first_of_part;
+    float sum[INNER] = {};
+    for (int i = 0; i < k; ++i) {
+      const float a_i = a[i * TOKENS + lane] * unscale;
+#pragma unroll
+      for (int e = 0; e < INNER; e += 8)
+        if (first_of_part + e < q) {
+          const uint4 rows = *reinterpret_cast<const uint4*>(row_of + i * r + position + e);
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            sum[e + 2 * w] = fmaf(a_i, x_at(x_lane, word(rows, w) & 0xffff), sum[e + 2 * w]);
+            sum[e + 2 * w + 1] = fmaf(a_i, x_at(x_lane, word(rows, w) >> 16), sum[e + 2 * w + 1]);
+          }
+        }
+    }
+    T* const row = z + lane * (s * CHUNKS * INNER + 8) + b * INNER;
+#pragma unroll
+    for (int m = 0; m < 4; ++m)  // as `slot` says
+      *reinterpret_cast<uint4*>(row + 8 * m) =
+          make_uint4(pack<T>(sum[2 * m], sum[2 * m + 1]), pack<T>(sum[8 + 2 * m], sum[9 + 2 * m]),
+                     pack<T>(sum[16 + 2 * m], sum[17 + 2 * m]), pack<T>(sum[24 + 2 * m], sum[25 + 2 * m]));
+  }
+  __syncthreads();
+
+  // 4. product
+  const Epilogue<T> epilogue{static_cast<const T*>(p.y0), static_cast<T*>(p.y), p.bias_in_y0 ? nullptr : p.bias,
+                             p.N, p.d, p.y0_stride, p.scaling, ds, q, s, p.bias_dtype};
+  multiply_and_store(epilogue, columns, p.B, z, scale, first, tokens, group, end, WARPS);
+#endif
+}
+
+}  // namespace
+
+bool fits_prefill(const AdaptProblem& p) {
+  return fits_tensor_cores(p.dtype, p.d, p.r, p.s, p.y0_stride, p.y0, p.y, p.B) && (!p.x || aligned(p.x)) && p.k * p.r <= MAX_GATHERED &&
+         Layout(p.d, p.k, p.r, p.s, p.router_rows).bytes <= current_device().shared_per_block;
+}
+
+const char* prefill_adapt(const AdaptProblem& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.N, TOKENS), d = p.d, kr = p.k * p.r, q = p.r / p.s;
+  const int64_t gathered = TOKENS * std::min(2 * d, 32 * kr), B_bytes = d / p.s * q * (p.B_dtype == Dtype::float32 ? 4 : 2);
+  const int splits = column_splits(tiles, gathered, 4 * TOKENS * d + B_bytes, ceil_div(d / p.s, COLUMNS * WARPS), 1.25);
+  const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
+  return with_tensor_types(p.dtype, p.B_dtype, q, [&](auto t, auto b, auto chunks) {
+    return launch(adapt_prefill<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
+                  THREADS, layout.bytes, stream, p, splits);
+  });
+}
+
+}  // namespace idlora::cuda

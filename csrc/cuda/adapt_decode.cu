@@ -1,0 +1,147 @@
+// adapt for few tokens (N <= 64): one launch whose time is latency and the reading of B.
+//
+// A block of 4 warps takes 16 tokens and a slice of the columns, so that B is spread over many SMs; each block gathers and
+// routes its tokens anew. The columns of B are on their way from the first instruction on. Unlike for prefill, lanes are
+// positions, not tokens: with one token all lanes still work.
+#include "sort_columns.cuh"
+#include "tensor.cuh"
+#include "variants.h"
+
+namespace idlora::cuda {
+namespace {
+
+constexpr int TOKENS = ROWS, WARPS = 4, THREADS = 32 * WARPS;
+constexpr int UNSORTED = 4;  // up to so many tokens, sorting the columns costs more than the sectors it saves
+
+// Byte offsets into dynamic shared memory; each a multiple of 16.
+struct Layout {
+  int order, router, a, scale, z, x, bytes;
+
+  __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
+    const int kr = k * r;
+    auto take = [this](size_t size) {
+      const int offset = bytes;
+      bytes += static_cast<int>(round_up(size, 16));
+      return offset;
+    };
+    bytes = 0;
+    order = take(kr * sizeof(int2));
+    router = take(router_rows * r * sizeof(float));
+    a = take(TOKENS * k * sizeof(float));
+    scale = take(TOKENS * sizeof(float));
+    z = take(TOKENS * z_stride(s, r / s) * 2);
+    const size_t columns = sort_bytes(d), gathered = static_cast<size_t>(TOKENS) * kr * 2;
+    x = take(columns > gathered ? columns : gathered);
+  }
+};
+
+template <class T, class BT, int CHUNKS>
+__global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ AdaptProblem p, int splits) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(16) char shared[];
+  const int k = p.k, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;
+  const Layout at(d, k, r, s, p.router_rows);
+  int2* const order = reinterpret_cast<int2*>(shared + at.order);  // column, position
+  float* const router = reinterpret_cast<float*>(shared + at.router);
+  float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
+  T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x % splits;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / splits) * TOKENS;
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first));
+  const int groups = (ds + COLUMNS - 1) / COLUMNS, share = (groups + splits - 1) / splits;
+  const int group = split * share + warp, end = min(groups, (split + 1) * share);
+
+  BColumns<T, BT, CHUNKS> columns;
+  if (group < end) columns.load(p.B, ds, q, group);
+
+  // gather
+  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
+  if (tokens > UNSORTED) {
+    sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x),
+                 [&](int rank, int column, int position) { order[rank] = make_int2(column, position); });
+    __syncthreads();
+  }
+  const T* const y0 = static_cast<const T*>(p.y0) + first * p.y0_stride;
+  for (int i = threadIdx.x; i < kr; i += THREADS) {
+    const int2 entry = tokens > UNSORTED ? order[i] : make_int2(p.index[i], i);
+    const bool subtract = p.bias && p.bias_in_y0;
+    const float bias = subtract ? load_as_float(p.bias, p.bias_dtype, entry.x) : 0;
+#pragma unroll 4
+    for (int n = 0; n < tokens; ++n) {
+      const T v = y0[n * p.y0_stride + entry.x];
+      x[n * kr + entry.y] = subtract ? from_float<T>(to_float(v) - bias) : v;
+    }
+  }
+  __syncthreads();
+  if (p.x && split == 0) {
+    uint4* const out = reinterpret_cast<uint4*>(static_cast<T*>(p.x) + first * kr);
+    for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS) out[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
+
+  // a_i: a warp for each token and cluster
+  for (int pair = warp; pair < tokens * k; pair += WARPS) {
+    const float* const T_i = router + (p.router_rows == 1 ? 0 : pair % k * r);
+    const uint32_t* const x_i = reinterpret_cast<const uint32_t*>(x + pair * r);
+    float sum = 0;
+    for (int i = lane; i < r / 2; i += 32) {
+      const float2 v = unpack<T>(x_i[i]), t = reinterpret_cast<const float2*>(T_i)[i];
+      sum = fmaf(t.y, v.y, fmaf(t.x, v.x, sum));
+    }
+#pragma unroll
+    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    if (lane == 0) a[pair] = sum;
+  }
+  __syncthreads();
+
+  // z, two neighbours at a time; zeros where there is no token and behind each part
+  constexpr int HALF = CHUNKS * INNER / 2;
+  for (int i = threadIdx.x; i < TOKENS * s * HALF; i += THREADS) {
+    const int n = i / (s * HALF), w = i % (s * HALF), j = w / HALF, e = 2 * (w % HALF);
+    float2 sum = make_float2(0, 0);
+    if (n < tokens && e < q) {
+      float unscale = 1;
+      if constexpr (std::is_same_v<T, __half>) {  // as in adapt.cu
+        float size = 0;
+        for (int c = 0; c < k; ++c) size += fabsf(a[n * k + c]);
+        const float power = exp2f(fminf(fmaxf(ceilf(log2f(size)), -120.0f), 120.0f));
+        unscale = 1 / power;
+        if (w == 0) scale[n] = power;
+      }
+      for (int c = 0; c < k; ++c) {
+        const float a_c = a[n * k + c] * unscale;
+        const float2 v = unpack<T>(*reinterpret_cast<const uint32_t*>(x + n * kr + c * r + j * q + e));
+        sum.x = fmaf(a_c, v.x, sum.x);
+        sum.y = fmaf(a_c, v.y, sum.y);
+      }
+    }
+    *reinterpret_cast<uint32_t*>(z + n * (s * CHUNKS * INNER + 8) + j * CHUNKS * INNER + slot(e)) = pack<T>(sum.x, sum.y);
+  }
+  __syncthreads();
+
+  const Epilogue<T> epilogue{static_cast<const T*>(p.y0), static_cast<T*>(p.y), p.bias_in_y0 ? nullptr : p.bias,
+                             p.N, p.d, p.y0_stride, p.scaling, ds, q, s, p.bias_dtype};
+  multiply_and_store(epilogue, columns, p.B, z, scale, first, tokens, group, end, WARPS);
+#endif
+}
+
+}  // namespace
+
+bool fits_decode(const AdaptProblem& p) {
+  return fits_tensor_cores(p.dtype, p.d, p.r, p.s, p.y0_stride, p.y0, p.y, p.B) && (!p.x || aligned(p.x)) &&
+         Layout(p.d, p.k, p.r, p.s, p.router_rows).bytes <= current_device().shared_per_block;
+}
+
+const char* decode_adapt(const AdaptProblem& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.N, TOKENS), tokens = std::min<int64_t>(p.N, TOKENS), d = p.d, kr = p.k * p.r;
+  const int64_t q = p.r / p.s, gathered = tokens * std::min(2 * d, 32 * kr) + 4 * kr;
+  const int64_t B_bytes = d / p.s * q * (p.B_dtype == Dtype::float32 ? 4 : 2);
+  const int splits = column_splits(tiles, gathered, 4 * tokens * d + B_bytes, ceil_div(d / p.s, COLUMNS * WARPS), 1.4);
+  const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
+  return with_tensor_types(p.dtype, p.B_dtype, q, [&](auto t, auto b, auto chunks) {
+    return launch(adapt_decode<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
+                  THREADS, layout.bytes, stream, p, splits);
+  });
+}
+
+}  // namespace idlora::cuda

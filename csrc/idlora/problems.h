@@ -1,0 +1,114 @@
+// What crosses from host to kernels: sizes, strides, pointers. No torch, no CUDA headers, plain C layout (ctypes reads it).
+//
+// Symbols (arXiv 2602.20727): N tokens, d out-features, k clusters, r rows a cluster (rank), s rank-boost factor,
+// ds = d / s and q = r / s the sides of B. Strides count elements. Tensors without a stride are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace idlora {
+
+enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Which kernel runs. `automatic` chooses by shape, alignment and device; the others are for tests and profiling and fail
+// with a message where they cannot serve the problem.
+//   plain     any shape, dtype and architecture: float32 arithmetic, no tensor cores
+//   prefill   tensor cores, tiles of 32 tokens (training, prefill); in the backward pass the only tensor-core variant
+//   decode    tensor cores, tiles of 16 tokens spread over column slices (N <= 64)
+enum class Variant : int32_t { automatic = 0, plain = 1, prefill = 2, decode = 3 };
+
+// x_i = (y0 - bias)[index_i]
+struct GatherProblem {
+  int64_t N, d, k, r;
+  int64_t y0_stride;     // between rows
+  const void* y0;        // [N, d]   dtype
+  const int32_t* index;  // [k, r]   distinct entries in [0, d)
+  const void* bias;      // [d]      bias_dtype, or null
+  void* x;               // [N, k, r] dtype
+  Dtype dtype, bias_dtype;
+};
+
+// a_i = <T_i, x_i>, z = sum_i a_i x_i
+struct RbScaleProblem {
+  int64_t N, k, r;
+  int64_t router_rows;  // k, or 1: one vector shared by all clusters
+  const void* x;        // [N, k, r] dtype
+  const void* router;   // [router_rows, r] router_dtype
+  float* z;             // [N, r]
+  Dtype dtype, router_dtype;
+};
+
+// y = y0 + bias + scaling * concat_j(z^(j) B^T), j = 1..s
+struct SharedGemmProblem {
+  int64_t N, d, r, s;
+  int64_t y0_stride;
+  const void* y0;    // [N, d]    dtype
+  const float* z;    // [N, r]
+  const void* B;     // [ds, q]   B_dtype
+  const void* bias;  // [d]       bias_dtype, or null
+  void* y;           // [N, d]    dtype
+  float scaling;
+  Dtype dtype, B_dtype, bias_dtype;
+  Variant variant;
+};
+
+// y = y0 + bias + scaling * concat_j(B z^(j)), z = sum_i <T_i, x_i> x_i, x_i = y0[index_i]
+// With bias_in_y0: x_i = (y0 - bias)[index_i], and nothing is added.
+struct AdaptProblem {
+  int64_t N, d, k, r, s;
+  int64_t router_rows;
+  int64_t y0_stride;
+  const void* y0;        // [N, d]    dtype
+  const int32_t* index;  // [k, r]
+  const void* router;    // [router_rows, r] router_dtype
+  const void* B;         // [ds, q]   B_dtype
+  const void* bias;      // [d]       bias_dtype, or null
+  void* y;               // [N, d]    dtype
+  void* x;               // [N, k, r] dtype, or null: not kept
+  float scaling;
+  Dtype dtype, router_dtype, B_dtype, bias_dtype;
+  int32_t bias_in_y0;
+  Variant variant;
+};
+
+// dz^(j) = scaling B^T dy^(j);  da_i = <dz, x_i>
+// dB = scaling sum_n sum_j dy^(j) z^(j)^T;  dT_i = sum_n da_i x_i;  dy0 = dy, then dy0[index_i] += a_i dz + da_i T_i
+struct AdaptBackwardProblem {
+  int64_t N, d, k, r, s;
+  int64_t router_rows;
+  int64_t dy_stride;
+  const void* dy;        // [N, d]    dtype
+  const void* x;         // [N, k, r] dtype
+  const int32_t* index;  // [k, r]
+  const void* router;    // [router_rows, r] router_dtype
+  const void* B;         // [ds, q]   B_dtype
+  void* dy0;             // [N, d]    dtype
+  void* drouter;         // [router_rows, r] router_dtype
+  void* dB;              // [ds, q]   B_dtype
+  void* workspace;       // adapt_backward_workspace() bytes, 16-byte aligned, not initialised
+  float scaling;
+  Dtype dtype, router_dtype, B_dtype;
+  Variant variant;
+};
+
+// Dtypes: `dtype` is any; the others are `dtype` or float32. d, k, r, s fit an int; N and strides need not.
+// N = 0 is valid: outputs that are sums over tokens become zero.
+// Every launch is asynchronous on `stream` (a cudaStream_t), allocates nothing, synchronises nothing, uses no atomics on
+// floats, and returns null, or a message that says what went wrong.
+namespace cuda {
+
+const char* launch_cluster_gather(const GatherProblem& p, void* stream);
+const char* launch_rb_scale(const RbScaleProblem& p, void* stream);
+const char* launch_shared_gemm(const SharedGemmProblem& p, void* stream);
+const char* launch_adapt(const AdaptProblem& p, void* stream);
+const char* launch_adapt_backward(const AdaptBackwardProblem& p, void* stream);
+size_t adapt_backward_workspace(const AdaptBackwardProblem& p);
+
+// What `automatic` chooses for the problem on the current device.
+Variant choose(const SharedGemmProblem& p);
+Variant choose(const AdaptProblem& p);
+Variant choose(const AdaptBackwardProblem& p);
+
+}  // namespace cuda
+}  // namespace idlora
