@@ -1,5 +1,7 @@
 # make demo: fine-tune a real language model and see the difference.  make test: lint, types, tests.
-# Both work on a bare machine: they make .venv and install what they need.
+# Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
+# environment variables choose what is built; after changing one, make clean).
+# make test-fallback: the operators' tests without the native module, and with one built without CUDA.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -7,7 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types unit bench clean
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+FALLBACK_TESTS := tests/test_ops.py tests/test_native.py tests/test_clustering.py
+
+.PHONY: demo test test-fallback lint types unit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -24,14 +29,21 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fallback: $(INSTALLED)
+	IDLORA_NATIVE=0 $(BIN)/pytest $(FALLBACK_TESTS)
+	rm -rf build/without-cuda
+	IDLORA_CUDA=OFF $(PIP) --no-build-isolation --no-deps --target build/without-cuda .
+	PYTHONPATH=build/without-cuda $(BIN)/pytest $(FALLBACK_TESTS)
+
 bench: $(INSTALLED)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(BIN)/idlora env
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info idlora_ext/*.so .pytest_cache .mypy_cache .ruff_cache

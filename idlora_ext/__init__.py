@@ -6,7 +6,7 @@
 ``IdLoraConfig`` also works with PEFT's ``get_peft_model`` and transformers' ``add_adapter`` and ``load_adapter``.
 """
 
-from . import integration, ops
+from . import integration, native, ops
 from .checkpoint import load, save
 from .config import IdLoraConfig
 from .layer_summary import Summary, summary

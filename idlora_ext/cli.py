@@ -1,4 +1,4 @@
-"""The command ``idlora``: fine-tune a language model, see what changed, look inside an adapter."""
+"""The command ``idlora``: fine-tune a language model, see what changed, look inside an adapter, show what runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"idlora_ext {__version__}")
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_finetune, _add_generate, _add_inspect):
+    for add in (_add_finetune, _add_generate, _add_inspect, _add_env):
         command = add(commands)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="on an error, show the traceback")
@@ -201,6 +201,18 @@ loading its weights. Layers are shown by kind; --layers lists each.""",
     return parser
 
 
+def _add_env(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "env",
+        help="show what runs here: versions, native kernels, devices",
+        description="Show versions, what the native module was built for, which kernel serves each op on each device, "
+        "and why where it is the default one. Goes into a bug report.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_env)
+    return parser
+
+
 def _add_dtype(parser: Any) -> None:
     kinds = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=kinds, default="auto", help="of the frozen model (default: as it was saved)")
@@ -291,6 +303,13 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.plot:
         inspection.plot_alpha(report, args.plot)
     print(json.dumps(report, indent=2) if args.json else inspection.table(report, every_layer=args.layers))
+
+
+def _env(args: argparse.Namespace) -> None:
+    from . import environment
+
+    report = environment.report()
+    print(json.dumps(report, indent=2) if args.json else environment.text(report))
 
 
 def print_answers(answers: list[dict[str, str]]) -> None:

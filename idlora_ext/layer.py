@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops
+from . import ops, profiling
 from .clustering import select_rows
 from .config import IdLoraConfig
 from .fingerprint import fingerprint
@@ -36,11 +36,13 @@ class IdLoraLayer(BaseTunerLayer):
 
     ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``.
     ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
+    ``name`` is the layer's in its model, for profilers.
     """
 
     adapter_layer_names = ("idlora_router", "idlora_B")
     other_param_names = ("idlora_index", "idlora_fingerprint", "scaling", "dropout", "wanted_rank")
 
+    name = "?"  # until the tuner gives it one
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
 
@@ -152,6 +154,10 @@ class Linear(nn.Module, IdLoraLayer):
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
         if bias is not None and bias.dtype not in (y0.dtype, torch.float32):
             bias = bias.to(y0.dtype)
+        with profiling.layer(self.name):
+            return self._adapt(adapters, y0, bias, bias_in_y0)
+
+    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         if len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
             index, router, B = self._tensors(adapters[0], y0.dtype)
             return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)

@@ -132,6 +132,7 @@ class IdLoraModel(BaseTuner):
             layer = target
         else:
             layer = Linear(target, adapter_name, peft_config, wanted)
+            layer.name = current_key
             self._replace_module(parent, target_name, layer, target)
         self._new.append((current_key, layer))
 

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from . import fakes
 from .fakes import accumulate
+from .profiling import current_layer, op_range
 
 __all__ = ["adapt", "adapt_backward", "cluster_gather", "rb_scale", "shared_gemm"]
 
-_SCHEMAS = (
+SCHEMAS = (
     "cluster_gather(Tensor y0, Tensor index, Tensor? bias=None) -> Tensor",
     "cluster_gather_backward(Tensor dx, Tensor index, SymInt d) -> Tensor",
     "rb_scale(Tensor x, Tensor router) -> Tensor",
@@ -45,7 +46,7 @@ _SCHEMAS = (
     "-> (Tensor, Tensor, Tensor)",
 )
 _library = torch.library.Library("idlora", "DEF")
-for _schema in _SCHEMAS:
+for _schema in SCHEMAS:
     _library.define(_schema)
     _op = _schema.partition("(")[0]
     torch.library.register_fake(f"idlora::{_op}", getattr(fakes, _op), lib=_library)
@@ -65,7 +66,8 @@ def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
-    return torch.ops.idlora.cluster_gather(y0, index, bias)
+    with op_range("forward", "idlora::cluster_gather"):
+        return torch.ops.idlora.cluster_gather(y0, index, bias)
 
 
 def rb_scale(x: Tensor, router: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ def rb_scale(x: Tensor, router: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
-    return torch.ops.idlora.rb_scale(x, router)
+    with op_range("forward", "idlora::rb_scale"):
+        return torch.ops.idlora.rb_scale(x, router)
 
 
 def shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
@@ -100,7 +103,8 @@ def shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, sc
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
-    return torch.ops.idlora.shared_gemm(y0, z, B, bias, scaling)
+    with op_range("forward", "idlora::shared_gemm"):
+        return torch.ops.idlora.shared_gemm(y0, z, B, bias, scaling)
 
 
 def adapt(
@@ -136,7 +140,8 @@ def adapt(
     """
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return torch.ops.idlora.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
+    with op_range("forward", "idlora::adapt"):
+        return torch.ops.idlora.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
 
 
 def adapt_backward(
@@ -159,10 +164,13 @@ def adapt_backward(
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
-    return torch.ops.idlora.adapt_backward(dy, x, index, router, B, scaling)
+    with op_range("backward", "idlora::adapt_backward"):
+        return torch.ops.idlora.adapt_backward(dy, x, index, router, B, scaling)
 
 
 # ---- default kernels: plain PyTorch on any device --------------------------------------------------------------------
+
+default_kernels: dict[str, Callable[..., Any]] = {}  # native kernels hand over to them what they do not serve
 
 
 def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -175,6 +183,7 @@ def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return kernel(first, *args)
 
         _library.impl(op, run, "CompositeExplicitAutograd")
+        default_kernels[op] = run
         return kernel
 
     return register
@@ -304,7 +313,8 @@ def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
-    dy0 = torch.ops.idlora.cluster_gather_backward(dx.contiguous(), index, ctx.d)
+    with op_range("backward", "idlora::cluster_gather_backward", ctx.layer):
+        dy0 = torch.ops.idlora.cluster_gather_backward(dx.contiguous(), index, ctx.d)
     dbias = -_sum_to_bias(dy0, ctx.bias_dtype) if _needs_bias(ctx, 2) else None
     return dy0, None, dbias
 
@@ -314,7 +324,9 @@ def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    return torch.ops.idlora.rb_scale_backward(dz.contiguous(), *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    with op_range("backward", "idlora::rb_scale_backward", ctx.layer):
+        return torch.ops.idlora.rb_scale_backward(dz.contiguous(), *saved)
 
 
 def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -324,8 +336,9 @@ def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 
 def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    dy = dy.contiguous()
-    dz, dB = torch.ops.idlora.shared_gemm_backward(dy, *ctx.saved_tensors, ctx.scaling)
+    dy, saved = dy.contiguous(), ctx.saved_tensors
+    with op_range("backward", "idlora::shared_gemm_backward", ctx.layer):
+        dz, dB = torch.ops.idlora.shared_gemm_backward(dy, *saved, ctx.scaling)
     dbias = _sum_to_bias(dy, ctx.bias_dtype) if _needs_bias(ctx, 3) else None
     return dy, dz, dB, dbias, None
 
@@ -345,12 +358,23 @@ def _adapt_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
             "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
         )
     dy = dy.contiguous()
-    dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
+    with op_range("backward", "idlora::adapt_backward", ctx.layer):
+        dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
     dbias = None
     if _needs_bias(ctx, 4):
         # An added bias sees dy; a bias inside y0 is subtracted from the gathered columns, so it sees -(dy0 - dy).
         dbias = _sum_to_bias(dy - dy0 if ctx.bias_in_y0 else dy, ctx.bias_dtype)
     return dy0, None, drouter, dB, dbias, None, None, None
+
+
+def _with_layer(context: Callable[..., None]) -> Callable[..., None]:
+    """The backward range is to name the layer. It opens after ``saved_tensors``, which may run a checkpointed block."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.layer = current_layer()
+        context(ctx, inputs, output)
+
+    return setup
 
 
 def _needs_bias(ctx: Any, position: int) -> bool:
@@ -368,4 +392,4 @@ for _op, _context, _backward in (
     ("shared_gemm", _shared_gemm_context, _shared_gemm_autograd),
     ("adapt", _adapt_context, _adapt_autograd),
 ):
-    torch.library.register_autograd(f"idlora::{_op}", _backward, setup_context=_context, lib=_library)
+    torch.library.register_autograd(f"idlora::{_op}", _backward, setup_context=_with_layer(_context), lib=_library)

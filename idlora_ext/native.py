@@ -1,0 +1,68 @@
+"""Loads the native module ``_C``: CPU and CUDA kernels for the operators of :mod:`idlora_ext.ops`.
+
+Importing ``_C`` registers its kernels with the dispatcher, over the default ones. What they do not serve (float64,
+wrong arguments, a GPU the module was not built for) they hand back through the private ops ``idlora::default_*``.
+Without the module, or with ``IDLORA_NATIVE=0`` in the environment, everything runs on the default kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import ops
+
+_library = torch.library.Library("idlora", "FRAGMENT")
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The module, or None and why not."""
+    if os.environ.get("IDLORA_NATIVE") == "0":
+        return None, "switched off by IDLORA_NATIVE=0"
+    if importlib.util.find_spec("idlora_ext._C") is None:
+        return (
+            None,
+            "not built: there was no C++ compiler or no torch when idlora_ext was installed (reinstall with -v)",
+        )
+    try:
+        _C = importlib.import_module("idlora_ext._C")
+    except Exception as error:
+        reason = f"not loadable ({' '.join(str(error).split())})"
+        warnings.warn(
+            f"idlora_ext runs on its default kernels: the native module is {reason}. Reinstall idlora_ext where this "
+            f"torch {torch.__version__} is installed (pip install --no-build-isolation --no-deps --force-reinstall), "
+            "or leave the module out with IDLORA_NATIVE=0.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, reason
+    for schema in ops.SCHEMAS:
+        op, _, signature = schema.partition("(")
+        _library.define(f"default_{op}({signature}")
+        returns = signature.partition("->")[2].count("Tensor")
+        kernel = _keeping_errors(_C, ops.default_kernels[op], returns)
+        _library.impl(f"default_{op}", kernel, "CompositeExplicitAutograd")
+    return _C, None
+
+
+def _keeping_errors(_C: ModuleType, kernel: Callable[..., Any], returns: int) -> Callable[..., Any]:
+    """``kernel``, called from C++ through an interface that carries no exceptions: they go round it."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except BaseException as error:
+            _C.keep(error)
+            nothing = torch.empty(0)
+            return nothing if returns == 1 else (nothing,) * returns
+
+    return run
+
+
+module, reason = _load()

@@ -1,0 +1,59 @@
+"""The same model trained 20 steps on native and on default kernels: the same losses, within the tolerance rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from idlora_ext import native
+
+TRAIN = """
+import json, sys
+import torch
+from conftest import FIELDS, MODELS, inputs
+import idlora_ext
+
+model = MODELS[sys.argv[1]]().to(getattr(torch, sys.argv[2]))
+idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], shared_router=False)
+assert (idlora_ext.native.module is None) == (sys.argv[3] == "default")
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.SGD(trained, lr=1.0)
+losses = []
+for step in range(20):
+    batch = inputs(batch=4, length=16, seed=step % 4)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+print(json.dumps(losses))
+"""
+
+
+def losses(model: str, dtype: str, kernels: str) -> list[float]:
+    environment = os.environ | {
+        "IDLORA_NATIVE": "0" if kernels == "default" else "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    command = [sys.executable, "-c", TRAIN, model, dtype, kernels]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(native.module is None, reason=f"no native kernels: {native.reason}")
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_trains_alike(model):
+    """gpt2 has biases. SGD, as Adam would turn a gradient's last bit into a whole step."""
+    exact, default, ours = (
+        losses(model, *how) for how in (("float64", "default"), ("float32", "default"), ("float32", "native"))
+    )
+    assert exact[-1] < exact[0] - 0.1, "nothing was learnt"
+    theirs = max(abs(a - b) for a, b in zip(default, exact, strict=True))
+    assert max(abs(a - b) for a, b in zip(ours, exact, strict=True)) <= 2 * theirs
