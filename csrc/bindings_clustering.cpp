@@ -140,7 +140,7 @@ void bind_clustering(py::module_& module) {
       "result depends on the number of threads.");
   m.def("assign", &assign, py::arg("distances"), py::arg("min_size"),
         "labels [d] int64 = argmin sum_i distances[i, labels_i] subject to |{i: labels_i = c}| >= min_size; exact.\n\n"
-        "distances [d, k] float64, finite; min_size from 0 to d / k, else ValueError. See idlora_ext.clustering.assign.");
+        "distances [d, k] float64, finite; min_size from 0 to d / k (ValueError). As idlora_ext.clustering.assign.");
   m.def("row_squares", &row_squares, py::arg("W"), py::arg("origin"), py::arg("threads") = 1,
         "squares [d] = |W_i - origin|^2\n\n"
         "W [d, d_in] float64, float32, float16 or bfloat16, any distance between its rows; origin [d_in] float64.");

@@ -29,9 +29,9 @@ struct float16 {
 // Vectors of L elements, in the compiler's notation.
 template <int L>
 struct Vectors;
-#define IDLORA_VECTORS(L)                                 \
-  template <>                                             \
-  struct Vectors<L> {                                     \
+#define IDLORA_VECTORS(L)                                        \
+  template <>                                                    \
+  struct Vectors<L> {                                            \
     typedef double Doubles __attribute__((vector_size(8 * L)));  \
     typedef float Floats __attribute__((vector_size(4 * L)));    \
     typedef uint32_t Words __attribute__((vector_size(4 * L)));  \
@@ -98,7 +98,7 @@ constexpr int64_t PIECE = 1 << 18;  // elements of W that are worth a thread
 
 template <class T>
 struct Typed {
-  Typed(const Rows& rows) : W(static_cast<const T*>(rows.W)), d_in(rows.d_in), stride(rows.stride) {}
+  explicit Typed(const Rows& rows) : W(static_cast<const T*>(rows.W)), d_in(rows.d_in), stride(rows.stride) {}
   // Rows first, first + 1, ... but none beyond the last: it is read again, and what comes of that is not used.
   IDLORA_INLINE void point(int64_t first, int64_t last, const T* (&x)[ROWS]) const {
     for (int i = 0; i < ROWS; ++i) x[i] = W + std::min(first + i, last) * stride;
@@ -127,7 +127,8 @@ IDLORA_INLINE void squares_of(const Typed<T>& rows, int64_t begin, int64_t end, 
   }
 }
 
-// products [rows, k], of C centroids from e on, of which the last n - 1 may stand for those behind it.
+// products [valid, n] of the first rows x with the n <= C centroids from e on; k is the distance between its rows. What
+// is computed beyond, up to [ROWS, C], is that of the last centroid again.
 template <int L, int C, class T>
 IDLORA_INLINE void products_of(const T* const (&x)[ROWS], int64_t d_in, const double* e, int64_t n, int64_t valid,
                                double* products, int64_t k) {
@@ -204,12 +205,12 @@ struct Passes {
   void (*move)(const Rows&, int64_t begin, int64_t end, const int64_t* before, const int64_t* after, double* sums);
 };
 
-#define IDLORA_FOR_ELEMENT(CALL)                                        \
-  switch (rows.element) {                                               \
-    case Element::float64: { using T = double; return CALL; }           \
-    case Element::float32: { using T = float; return CALL; }            \
-    case Element::float16: { using T = float16; return CALL; }          \
-    case Element::bfloat16: { using T = bfloat16; return CALL; }        \
+#define IDLORA_FOR_ELEMENT(CALL)                                 \
+  switch (rows.element) {                                        \
+    case Element::float64: { using T = double; return CALL; }    \
+    case Element::float32: { using T = float; return CALL; }     \
+    case Element::float16: { using T = float16; return CALL; }   \
+    case Element::bfloat16: { using T = bfloat16; return CALL; } \
   }
 #define IDLORA_PASSES(NAME, L, TARGET)                                                                              \
   TARGET void squares_##NAME(const Rows& rows, int64_t begin, int64_t end, const double* origin, double* squares) { \
@@ -246,6 +247,7 @@ void share(int64_t n, int threads, const F& f) {
     for (int64_t i; (i = next.fetch_add(1)) < n;) f(i);
   };
   std::vector<std::thread> others;
+  others.reserve(std::max(threads, 0));
   try {
     while (int64_t(others.size()) + 1 < std::min<int64_t>(threads, n)) others.emplace_back(work);
   } catch (const std::system_error&) {
@@ -259,15 +261,13 @@ void share(int64_t n, int threads, const F& f) {
 template <class F>
 void share_rows(const Rows& rows, int threads, const F& f) {
   const int64_t piece = (std::max<int64_t>(1, PIECE / rows.d_in) + ROWS - 1) / ROWS * ROWS;
-  share((rows.d + piece - 1) / piece, threads,
-        [&](int64_t i) { f(i * piece, std::min(rows.d, (i + 1) * piece)); });
+  share((rows.d + piece - 1) / piece, threads, [&](int64_t i) { f(i * piece, std::min(rows.d, (i + 1) * piece)); });
 }
 
 }  // namespace
 
 void row_squares(const Rows& rows, const double* origin, double* squares, int threads) {
-  share_rows(rows, threads,
-             [&](int64_t begin, int64_t end) { passes().squares(rows, begin, end, origin, squares); });
+  share_rows(rows, threads, [&](int64_t begin, int64_t end) { passes().squares(rows, begin, end, origin, squares); });
 }
 
 void row_distances(const Rows& rows, const double* origin, const double* squares, const double* e, int64_t k, int bits,

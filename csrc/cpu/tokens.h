@@ -41,8 +41,8 @@ inline void widen_x(const T* x, int64_t k, int64_t r, float* wide) {
   for (int64_t i = 0; i < k; ++i) widen(x + i * r, r, wide + i * padded(r));
 }
 
-// x_i = (y0 - bias)[index_i] of one token, rounded to T as it is kept. `next` is y0 of the next token: no processor
-// foresees what is gathered there.
+// x_i = (y0 - bias)[index_i] of one token, rounded to T as it is kept. `next` is y0 of the token that follows: no
+// processor foresees what is gathered there.
 template <class T>
 inline void gather(const T* y0, const T* next, const int32_t* index, const float* bias, int64_t n, T* x) {
 #pragma GCC unroll 4

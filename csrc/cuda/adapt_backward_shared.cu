@@ -93,22 +93,31 @@ __global__ void __launch_bounds__(THREADS, 2) adapt_backward_shared(const __grid
       }
   }
 
+  // Two neighbouring tiles make 16 columns; two neighbouring lanes swap halves, so that each has four in a row.
   float* const sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.dB) + static_cast<int64_t>(part) * ds * q;
+  const int odd = lane % 2;
 #pragma unroll
   for (int h = 0; h < CHUNKS / 2; ++h)
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int m = 0; m < 4; m += 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = (2 * h + way) * INNER + 8 * m + lane % 4 * 2, B_row = slice + row + lane / 4 + 8 * half;
+        float own[2], other[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float lo = c[h][m][2 * half + e], hi = c[h][m + 1][2 * half + e];
+          own[e] = p.scaling * (odd ? hi : lo);
+          other[e] = p.scaling * __shfl_xor_sync(~0u, odd ? lo : hi, 1);
+        }
+        const float4 v = odd ? make_float4(other[0], other[1], own[0], own[1]) : make_float4(own[0], own[1], other[0], other[1]);
+        const int column = (2 * h + way) * INNER + 8 * (m + odd) + lane % 4 / 2 * 4, B_row = slice + row + lane / 4 + 8 * half;
         if (column >= q || B_row >= ds) continue;
         const int64_t at = static_cast<int64_t>(B_row) * q + column;
-        const float v[2] = {p.scaling * c[h][m][2 * half], p.scaling * c[h][m][2 * half + 1]};
         if (plan.token_parts > 1 || p.B_dtype == Dtype::float32) {
           float* const to = plan.token_parts > 1 ? sums : static_cast<float*>(p.dB);
-          *reinterpret_cast<float2*>(to + at) = make_float2(v[0], v[1]);
+          *reinterpret_cast<float4*>(to + at) = v;
         } else {
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(p.dB) + at) = pack<T>(v[0], v[1]);
+          *reinterpret_cast<uint2*>(static_cast<T*>(p.dB) + at) = make_uint2(pack<T>(v.x, v.y), pack<T>(v.z, v.w));
         }
       }
 #endif

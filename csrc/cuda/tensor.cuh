@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, const uint32_
       v[i] = half ? hi : lo;
     }
     if (token < tokens && (half ? valid1 : valid0))
-      *reinterpret_cast<uint4*>(out + token * stride + 8 * half) = make_uint4(v[0], v[1], v[2], v[3]);
+      __stcg(reinterpret_cast<uint4*>(out + token * stride + 8 * half), make_uint4(v[0], v[1], v[2], v[3]));
   }
 }
 
