@@ -19,7 +19,18 @@ GOAL_DEVICE = "H100"
 
 # Bytes that a block keeps on their way from memory while it streams: threads x loads in flight x width. By kernel;
 # no counter tells, so whoever changes a kernel's loads changes the figure here.
-BYTES_IN_FLIGHT: dict[str, Callable[[dict[str, Any]], int]] = {}
+BYTES_IN_FLIGHT: dict[str, Callable[[dict[str, Any]], int]] = {
+    # y0: the next two tiles of 16 rows, two 16-byte loads a thread each (tensor.cuh)
+    "adapt_prefill": lambda launch: launch["block"][0] * 2 * 2 * 16,
+    # B of the first group: eight 16-byte loads a thread, on their way while the tokens are routed
+    "adapt_decode": lambda launch: launch["block"][0] * 8 * 16,
+    # the fewest of its phases: 32 rows of 64 columns of dy a warp, 4 bytes at a time
+    "adapt_backward_rows": lambda launch: launch["block"][0] * 32 * 4,
+    # two of the three stages of the ring, which is all of its shared memory
+    "adapt_backward_shared": lambda launch: launch["dynamic_smem"] * 2 // 3,
+    # four partial sums a thread
+    "adapt_backward_sums": lambda launch: launch["block"][0] * 4 * 4,
+}
 
 
 class Goal(NamedTuple):

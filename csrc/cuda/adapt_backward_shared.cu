@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(THREADS) adapt_backward_sums(const __grid_cons
     const int64_t size = p.d / p.s * (p.r / p.s), i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= size) return;
     float sum = 0;
+#pragma unroll 4
     for (int part = 0; part < plan.token_parts; ++part) sum += reinterpret_cast<const float*>(workspace + plan.dB)[part * size + i];
     store_from_float(p.dB, p.B_dtype, i, sum);
   } else {

@@ -198,28 +198,33 @@ __device__ __forceinline__ void multiply_and_store(const Epilogue<T>& e, BColumn
   for (; group < end; group += warps) {
     const int64_t column = group * COLUMNS + 8 * t;
     const bool inside = column < e.ds;
-    const T* y0 = e.y0 + (first_token + g) * e.y0_stride + column;
+    const T* const y0 = e.y0 + (first_token + g) * e.y0_stride + column;
     T* y = e.y + (first_token + g) * e.d + column;
-    auto load = [&](uint4 (&rows)[2], const T* from, int n) {
-      if (inside && n + g < tokens) rows[0] = __ldcs(reinterpret_cast<const uint4*>(from));
-      if (inside && n + g + 8 < tokens) rows[1] = __ldcs(reinterpret_cast<const uint4*>(from + 8 * e.y0_stride));
+    // Tiles of 16 rows (part j, tokens n ..), the next two of them always on their way.
+    const T* from = y0;
+    int n_from = 0, j_from = 0;
+    auto load = [&](uint4 (&rows)[2]) {
+      if (inside && j_from < e.s) {
+        if (n_from + g < tokens) rows[0] = __ldcs(reinterpret_cast<const uint4*>(from));
+        if (n_from + g + 8 < tokens) rows[1] = __ldcs(reinterpret_cast<const uint4*>(from + 8 * e.y0_stride));
+      }
+      from += ROWS * e.y0_stride;
+      if ((n_from += ROWS) >= tokens) n_from = 0, from = y0 + ++j_from * static_cast<int64_t>(e.ds);
     };
-    uint4 ahead[2] = {};
-    load(ahead, y0, 0);
-    for (int j = 0; j < e.s; ++j, y0 += e.ds, y += e.ds) {
+    uint4 next[2] = {}, after[2] = {};
+    load(next);
+    load(after);
+    for (int j = 0; j < e.s; ++j, y += e.ds) {
       float bias[8] = {};
       if (e.bias && inside)
 #pragma unroll
         for (int c = 0; c < 8; ++c) bias[c] = load_as_float(e.bias, e.bias_dtype, j * e.ds + column + c);
-      const T *z_row = z_lane + j * CHUNKS * INNER, *next = y0;
+      const T* z_row = z_lane + j * CHUNKS * INNER;
       T* to = y;
       for (int n = 0; n < tokens; n += ROWS, z_row += ROWS * stride, to += ROWS * e.d) {
-        const uint4 now[2] = {ahead[0], ahead[1]};
-        if (n + ROWS < tokens) {
-          load(ahead, next += ROWS * e.y0_stride, n + ROWS);
-        } else if (j + 1 < e.s) {
-          load(ahead, y0 + e.ds, 0);
-        }
+        const uint4 now[2] = {next[0], next[1]};
+        next[0] = after[0], next[1] = after[1];
+        load(after);
         float c[4][4] = {};
 #pragma unroll
         for (int h = 0; h < CHUNKS; ++h)
