@@ -128,6 +128,12 @@ def native() -> dict:
 
     # Kept between builds, so that only what changed is compiled. A change of what build_info.h says changes its date.
     build = Path("build") / ("cuda" if toolkit else "cpu")
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = str(build)  # an editable install would take a temporary folder
+
     header = ROOT / build / "include/build_info.h"
     text = f'#define IDLORA_BUILD_INFO R"json({json.dumps(info)})json"\n'
     header.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +153,7 @@ def native() -> dict:
         extra_link_args=link,
         language="c++",
     )
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
-        "options": {"build_ext": {"build_temp": str(build)}},
-    }
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(**native() if platform.system() == "Linux" else pure_python("the kernels are built on Linux only."))

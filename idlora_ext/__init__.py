@@ -6,7 +6,7 @@
 ``IdLoraConfig`` also works with PEFT's ``get_peft_model`` and transformers' ``add_adapter`` and ``load_adapter``.
 """
 
-from . import integration, native, ops
+from . import integration, native, ops, profiling
 from .checkpoint import load, save
 from .config import IdLoraConfig
 from .layer_summary import Summary, summary
@@ -22,7 +22,9 @@ __all__ = [
     "__version__",
     "apply",
     "load",
+    "native",
     "ops",
+    "profiling",
     "remove",
     "save",
     "summary",

@@ -128,6 +128,8 @@ def test_kernel_resources():
 # ---- life without it -------------------------------------------------------------------------------------------------
 
 USE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in f"{f}".lower()]  # finds the module of a checkout
 import torch, idlora_ext
 from idlora_ext import native, ops
 y0, index = torch.ones(2, 8), torch.arange(4, dtype=torch.int32).view(2, 2)

@@ -9,20 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from idlora_ext import native
 
 TRAIN = """
 import json, sys
 import torch
-from conftest import FIELDS, MODELS, inputs
+from conftest import FIELDS, MODELS, inputs, randomize_adapter
 import idlora_ext
 
 model = MODELS[sys.argv[1]]().to(getattr(torch, sys.argv[2]))
-idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], shared_router=False)
+idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], shared_router=False, scaling=20.0)
+randomize_adapter(model, std=0.05)
 assert (idlora_ext.native.module is None) == (sys.argv[3] == "default")
 trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.SGD(trained, lr=1.0)
+optimizer = torch.optim.SGD(trained, lr=0.3)
 losses = []
 for step in range(20):
     batch = inputs(batch=4, length=16, seed=step % 4)
@@ -56,4 +58,5 @@ def test_trains_alike(model):
     )
     assert exact[-1] < exact[0] - 0.1, "nothing was learnt"
     theirs = max(abs(a - b) for a, b in zip(default, exact, strict=True))
-    assert max(abs(a - b) for a, b in zip(ours, exact, strict=True)) <= 2 * theirs
+    last_bit = exact[0] * torch.finfo(torch.float32).eps  # of a loss: it is float32 itself
+    assert max(abs(a - b) for a, b in zip(ours, exact, strict=True)) <= 2 * theirs + last_bit

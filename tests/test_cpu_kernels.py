@@ -1,0 +1,180 @@
+"""The CPU kernels beyond test_ops.py: every instruction set, number of threads and path; what float16 and bfloat16 hold.
+
+Tests called ``test_kernel_*`` run once here, on the best instruction set, and once on each lower one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import adapter_tensors
+
+from idlora_ext import native
+
+if native.module is None:
+    pytest.skip(f"native module: {native.reason}", allow_module_level=True)
+
+CAPABILITIES = ["baseline", "avx2", "avx512"]  # asking for more than the processor has changes nothing
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# d, k, r, s: one of everything, tails of every length, parts of 1, whole tiles, tiles and a tail, a wide B
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 1, 7, 1),
+    (10, 2, 5, 5),
+    (30, 5, 6, 3),
+    (64, 16, 4, 4),
+    (256, 2, 64, 1),
+    (301, 4, 43, 1),
+    (576, 4, 128, 2),
+    (1032, 4, 24, 2),
+]
+TOKENS = [0, 1, 2, 37, 130]  # few: threads share B; many: they share the tokens, of which backward takes chunks
+
+
+def problem(shape, N, dtype, held=torch.float32, shared=False):
+    """``y0, dy, index, router, B, bias``."""
+    torch.manual_seed(0)
+    d, k, r, s = shape
+    index, router, B = adapter_tensors(d, k, r, s, shared=shared, dtype=held)
+    return torch.randn(N, d).to(dtype), torch.randn(N, d).to(dtype), index, router, B, torch.randn(d).to(held)
+
+
+def run(prefix, y0, dy, index, router, B, bias, bias_in_y0=False):
+    adapt, backward = (getattr(torch.ops.idlora, f"{prefix}{op}") for op in ("adapt", "adapt_backward"))
+    y, x = adapt(y0, index, router, B, bias, 0.7, bias_in_y0, True)
+    return {"y": y, "x": x} | dict(zip(("dy0", "dT", "dB"), backward(dy, x, index, router, B, 0.7), strict=True))
+
+
+def rms(t):
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def check_error(shape, N, dtype):
+    for held in {dtype, torch.float32}:
+        for bias_in_y0 in (False, True):
+            args = problem(shape, N, dtype, held, shared=bias_in_y0)
+            ours, plain = run("", *args, bias_in_y0), run("default_", *args, bias_in_y0)
+            truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), bias_in_y0)
+            assert torch.equal(ours["x"], plain["x"])
+            for name, true in truth.items():
+                assert ours[name].shape == plain[name].shape
+                assert ours[name].dtype == plain[name].dtype
+                rounding = torch.finfo(dtype).eps * rms(true)
+                allowed = (2 if name in "yx" else 3) * max(rms(plain[name].double() - true), rounding)
+                assert rms(ours[name].double() - true) <= allowed, (name, held, bias_in_y0)
+
+
+@pytest.mark.parametrize("N", TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_error(shape, dtype, N):
+    """Root mean square error at most twice (gradients three times) that of plain PyTorch, or of one rounding to dtype."""
+    check_error(shape, N, dtype)
+
+
+def test_error_with_torchs_product():
+    """From some size on, bfloat16 products are torch's, where the processor has instructions for them."""
+    check_error((1032, 4, 24, 2), 400, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_results_do_not_depend_on_threads(dtype):
+    """Bit for bit. In bfloat16 up to the size at which torch's own product takes over."""
+    before = torch.get_num_threads()
+    try:
+        for shape, N in [((576, 4, 128, 2), 70), ((301, 4, 43, 1), 300), ((1032, 4, 24, 2), 33), ((4096, 4, 32, 2), 5)]:
+            args = problem(shape, N, dtype)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(run("", *args))
+            for result in results[1:]:
+                assert all(torch.equal(result[name], t) for name, t in results[0].items()), (shape, N)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_results_do_not_depend_on_the_batch(dtype):
+    """A token among many gets what it gets alone, up to the order in which a tile sums: here, the same bits."""
+    y0, dy, index, router, B, bias = problem((576, 4, 32, 2), 130, dtype)
+    y, x = torch.ops.idlora.adapt(y0, index, router, B, bias, 0.7, False, True)
+    dy0 = torch.ops.idlora.adapt_backward(dy, x, index, router, B, 0.7)[0]
+    for n in (0, 64, 129):
+        alone, x_alone = torch.ops.idlora.adapt(y0[n : n + 1], index, router, B, bias, 0.7, False, True)
+        assert torch.equal(alone, y[n : n + 1])
+        assert torch.equal(
+            torch.ops.idlora.adapt_backward(dy[n : n + 1], x_alone, index, router, B, 0.7)[0], dy0[n : n + 1]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel_every_number_of_16_bits_is_read_and_written_as_it_is(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    none = torch.zeros(2, 4), torch.zeros(2**14, 2, dtype=dtype)  # an update of zero
+    y = torch.ops.idlora.shared_gemm(every.view(2, 2**15), *none)
+    torch.testing.assert_close(y.flatten(), every, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel_rounding_is_torchs(dtype):
+    """Ties, subnormals, overflow and NaN: ``y = 0 + z * 1`` is ``z`` rounded."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    between = torch.cat([every, (every + every.roll(-1)) / 2])  # and what lies in the middle of two neighbours
+    bits = torch.cat([between.view(torch.int32) + step for step in (-1, 0, 1)])
+    z = bits.view(torch.float32).view(-1, 1)
+    y = torch.ops.idlora.shared_gemm(torch.zeros(len(z), 1, dtype=dtype), z, torch.ones(1, 1))
+    torch.testing.assert_close(y, z.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_rows_more_than_2_31_elements_apart(dtype):
+    d = 24
+    stride = 2**31 + 64
+    try:  # two pages of it are ever touched
+        memory = torch.empty(stride + d, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"the system does not lend that much address space: {error}")
+    y0, dy, index, router, B, bias = problem((d, 3, 4, 2), 2, dtype)
+    apart = memory.as_strided((2, d), (stride, 1))
+    for values, op in [(y0, "adapt"), (dy, "adapt_backward")]:
+        apart.copy_(values)
+        x = torch.ops.idlora.cluster_gather(y0, index)
+        rest = (index, router, B, bias, 0.7, False, True) if op == "adapt" else (x, index, router, B, 0.7)
+        expected = getattr(torch.ops.idlora, op)(values, *rest)
+        assert all(map(torch.equal, getattr(torch.ops.idlora, op)(apart, *rest), expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_reads_what_is_not_aligned(dtype):
+    args = problem((301, 4, 43, 1), 37, dtype, dtype)
+    shifted = []
+    for t in args:
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype)
+        shifted.append(memory[1:].view(t.shape).copy_(t))
+    ours, expected = run("", *shifted), run("", *args)
+    assert all(torch.equal(ours[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
+def test_every_instruction_set(capability):
+    best = native.module.cpu_capability()
+    if CAPABILITIES.index(capability) >= CAPABILITIES.index(best):
+        pytest.skip(f"this processor, or IDLORA_CPU_CAPABILITY, has {best}: the other tests have run on it")
+    script = f"""
+import pytest, sys
+from idlora_ext import native
+assert native.module.cpu_capability() == {capability!r}
+sys.exit(pytest.main(["-q", "-k", "test_kernel", {__file__!r}]))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "IDLORA_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
