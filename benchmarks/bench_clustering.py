@@ -4,8 +4,8 @@ First each matrix is fitted by all in turn (A B C A B C), on one thread: same st
 error if a cluster is too small, our inertia the larger one, or native and Python labels differ. "heavy" matrices have
 outlier rows, as real weights do: there the size constraint is at work.
 
-Then the rows of one layer of each shape of Llama-3-8B are chosen on two threads (bfloat16, k-means++ included). The time
-of the model is extrapolated from that sample: the sum over shapes of the number of such layers times the median.
+Then the rows of one layer of each shape of Llama-3-8B are chosen on two threads (bfloat16, k-means++ included). The
+time of the model is extrapolated from that sample: the sum over shapes of the number of such layers times the median.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/bench_clustering.py [--quick] [--repeats N] [--output F]
 
@@ -132,7 +132,7 @@ def compare(shapes: list[tuple[int, int]], repeats: int) -> list[dict[str, Any]]
 
 def extrapolate(layers: dict[tuple[int, int], int], repeats: int) -> dict[str, Any]:
     count = sum(layers.values())
-    print(f"\nChoosing the rows of one layer, {LLAMA_THREADS} threads, bfloat16; medians of {repeats} seeds, wall seconds")
+    print(f"\nRows of one layer, {LLAMA_THREADS} threads, bfloat16; medians of {repeats} seeds, wall seconds")
     print(f"{'matrix':<22}{'layers':>7}" + "".join(f"{f'{name} (range)':>26}" for name in OURS))
     results = []
     totals: dict[str, dict[str, float]] = {kind.__name__: dict.fromkeys(OURS, 0.0) for kind in KINDS}

@@ -59,7 +59,7 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
     return call_default<Tensor>("idlora::default_shared_gemm", y0, z, B, bias, scaling);
   Tensor y = new_empty(y0, y0.sizes());
   p.y = y.mutable_data_ptr();
-  if (cpu::prefers_gemm(p.dtype, p.N, p.d, p.r / p.s)) {
+  if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
     cpu::shared_gemm_before_gemm(p, torch_threads());
     add_product(y, z, B, scaling);
   } else {
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
   Tensor x = new_empty(y0, save_x ? leading(y0, {p.k, p.r}) : std::vector<int64_t>{0});
   p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
-  if (cpu::prefers_gemm(p.dtype, p.N, p.d, p.r / p.s)) {
+  if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
     Tensor z = new_empty(y0, {p.N, p.r}, ScalarType::Float);
     cpu::adapt_before_gemm(p, z.mutable_data_ptr<float>(), torch_threads());
     add_product(y, z, B, scaling);
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
   p.drouter = drouter.mutable_data_ptr();
   p.dB = dB.mutable_data_ptr();
   const int64_t ds = B.size(0), q = B.size(1);
-  if (dy.is_contiguous() && cpu::prefers_gemm(p.dtype, p.N, p.d, q)) {
+  if (dy.is_contiguous() && cpu::prefers_gemm_backward(p.dtype, p.N, p.d, q)) {
     const ScalarType dtype = dy.scalar_type();
     const Tensor parts = matrix(dy, ds);
     Tensor dz = new_empty(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : new_empty(dy, {ds, q});

@@ -54,18 +54,17 @@ def rms(t):
 
 
 def check_error(shape, N, dtype):
-    for held in {dtype, torch.float32}:
-        for bias_in_y0 in (False, True):
-            args = problem(shape, N, dtype, held, shared=bias_in_y0)
-            ours, plain = run("", *args, bias_in_y0), run("default_", *args, bias_in_y0)
-            truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), bias_in_y0)
-            assert torch.equal(ours["x"], plain["x"])
-            for name, true in truth.items():
-                assert ours[name].shape == plain[name].shape
-                assert ours[name].dtype == plain[name].dtype
-                rounding = torch.finfo(dtype).eps * rms(true)
-                allowed = (2 if name in "yx" else 3) * max(rms(plain[name].double() - true), rounding)
-                assert rms(ours[name].double() - true) <= allowed, (name, held, bias_in_y0)
+    for held, bias_in_y0 in ((torch.float32, False), (dtype, True)):
+        args = problem(shape, N, dtype, held, shared=bias_in_y0)
+        ours, plain = run("", *args, bias_in_y0), run("default_", *args, bias_in_y0)
+        truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), bias_in_y0)
+        assert torch.equal(ours["x"], plain["x"])
+        for name, true in truth.items():
+            assert ours[name].shape == plain[name].shape
+            assert ours[name].dtype == plain[name].dtype
+            rounding = torch.finfo(dtype).eps * rms(true)
+            allowed = (2 if name in "yx" else 3) * max(rms(plain[name].double() - true), rounding)
+            assert rms(ours[name].double() - true) <= allowed, (name, held, bias_in_y0)
 
 
 @pytest.mark.parametrize("N", TOKENS)
@@ -78,7 +77,7 @@ def test_kernel_error(shape, dtype, N):
 
 def test_error_with_torchs_product():
     """From some size on, bfloat16 products are torch's, where the processor has instructions for them."""
-    check_error((1032, 4, 24, 2), 400, torch.bfloat16)
+    check_error((1040, 4, 64, 2), 200, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

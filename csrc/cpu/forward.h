@@ -6,7 +6,7 @@
 
 namespace idlora::cpu::IDLORA_ISA {
 
-constexpr int64_t GROUP_ROWS = 24;  // rows of the product, which are tokens' parts, between two walks through B
+constexpr int64_t GROUP_ROWS = 96;  // rows of the product, which are tokens' parts, between two walks through B
 
 template <class T>
 void gather_tokens(const T* y0, const GatherProblem& p, const Parallel& parallel) {

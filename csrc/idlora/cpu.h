@@ -22,7 +22,8 @@ void adapt_backward(const AdaptBackwardProblem& p, const Parallel& parallel);
 
 // Whether a caller with a matrix product of its own should multiply by B itself: in bfloat16, of which processors
 // with instructions for it make twice the products of float32 and more, once there is enough of it.
-bool prefers_gemm(Dtype dtype, int64_t N, int64_t d, int64_t q);
+bool prefers_gemm_forward(Dtype dtype, int64_t N, int64_t d, int64_t q);
+bool prefers_gemm_backward(Dtype dtype, int64_t N, int64_t d, int64_t q);
 
 // For such a caller. What comes before its product: z [N, r], and y = y0 + bias.
 void adapt_before_gemm(const AdaptProblem& p, float* z, const Parallel& parallel);
