@@ -1,9 +1,9 @@
 """The native CPU kernels against the plain-PyTorch default kernels: layer shapes of SmolLM2-135M and Llama-3-8B.
 
 Both are called as ops of the dispatcher, in inference mode, in turn (A B A B), with router and B in float32, PEFT's
-default. Before it is timed, each result is compared with float64: the error (root mean square: one token has too few
-numbers to take a maximum of) of the native kernel may be twice that of the default one, three times for gradients. Times
-are medians over rounds; their spread, 20th and 80th percentile, is in the file.
+default. Before it is timed, each result is compared with float64: the error of the native kernel may be twice that of
+the default one, three times for gradients (root mean squares: one token has too few numbers to take a maximum of).
+Times are medians over rounds; their spread, 20th and 80th percentile, is in the file.
 
     python benchmarks/bench_cpu.py [--quick] [--threads N] [--rounds N] [--output FILE]
 """
