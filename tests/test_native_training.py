@@ -56,7 +56,7 @@ def test_trains_alike(model):
     exact, default, ours = (
         losses(model, *how) for how in (("float64", "default"), ("float32", "default"), ("float32", "native"))
     )
-    assert exact[-1] < exact[0] - 0.1, "nothing was learnt"
+    assert exact[-1] < exact[0] - 0.02, "nothing was learnt"
     theirs = max(abs(a - b) for a, b in zip(default, exact, strict=True))
     last_bit = exact[0] * torch.finfo(torch.float32).eps  # of a loss: it is float32 itself
     assert max(abs(a - b) for a, b in zip(ours, exact, strict=True)) <= 2 * theirs + last_bit
