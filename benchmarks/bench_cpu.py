@@ -11,7 +11,10 @@ Times are medians over rounds; their spread, 20th and 80th percentile, is in the
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -99,6 +102,13 @@ def verify(case: Case, args: tuple[Tensor, ...]) -> dict[str, float]:
     return ratios
 
 
+def keep_freed_memory() -> None:
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def seconds(call: Callable[[], Any], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
@@ -158,7 +168,13 @@ def main() -> None:
     options = parser.parse_args()
     if native.module is None:
         raise SystemExit(f"There is no native module to measure: {native.reason}")
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(
+            f"This machine is not idle: the load of the last minute is {load:.1f}. Times and ratios will be distorted."
+        )
 
     print(f"Microseconds a call, {options.threads} threads; k = {K}, s = {S}; ratio: default / native, medians")
     print(f"{'':<42}   {'forward':^26}   {'backward':^26}")
@@ -181,11 +197,12 @@ def main() -> None:
         "k": K,
         "s": S,
         "parameters": "float32",
+        "instruction_set": native.module.cpu_capability(),
         "save_x": True,
         "rounds": options.rounds,
         "times": "microseconds",
     }
-    report_file = {"machine": describe(), "settings": settings, "results": rows}
+    report_file = {"machine": describe(), "load_before": round(load, 2), "settings": settings, "results": rows}
     options.output.write_text(json.dumps(report_file, indent=1) + "\n")
 
 

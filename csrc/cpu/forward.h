@@ -47,7 +47,8 @@ inline void finish(const T* y0, const float* bias, float scaling, const float* s
 
 // The z of tokens [begin, end) as operands of their product. Keeps x where p.x is.
 template <class T>
-void route_tokens(const AdaptProblem& p, const float* bias, const Router& router, int64_t begin, int64_t end, float* z) {
+void route_tokens(const AdaptProblem& p, const float* bias, const Router& router, int64_t begin, int64_t end,
+                  float* z) {
   const int64_t n = p.k * p.r, width = padded(p.r);
   const Buffer gathered(n), wide(p.k * width), a(p.k), routed(width);
   for (int64_t i = begin; i < end; ++i, z += p.r) {
@@ -90,8 +91,10 @@ void multiply_block(const SharedGemmProblem& p, const float* bias, int64_t begin
       prefetch(y[i], columns);
     }
     multiply(rows, padded(columns), q, z + part * q, q, 1, panel, TILE_COLUMNS, sums, TILE_COLUMNS, false);
-    for (int64_t i = 0; i < rows; ++i)
-      finish(y0[i], bias ? bias + (part + i) % p.s * ds + c : nullptr, p.scaling, sums + i * TILE_COLUMNS, columns, y[i]);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* const added = bias ? bias + (part + i) % p.s * ds + c : nullptr;
+      finish(y0[i], added, p.scaling, sums + i * TILE_COLUMNS, columns, y[i]);
+    }
   }
 }
 

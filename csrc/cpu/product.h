@@ -67,7 +67,7 @@ inline void multiply(int64_t M, int64_t columns, int64_t K, const float* A, int6
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 // Exchanges the blocks of HALF lanes that are odd in a with those that are even in b.
 template <int HALF, int... LANE>

@@ -155,7 +155,7 @@ inline float sum(Floats v, std::integer_sequence<int, LANE...> lanes) {
 }
 inline float sum(Floats v) { return sum(v, std::make_integer_sequence<int, W>{}); }
 
-// ---- which dtype a product runs in -----------------------------------------------------------------------------------
+// ---- which dtype a product runs in ----------------------------------------------------------------------------------
 
 // Products with B run in the activation's dtype, those of float16 in float32: v as an operand of such a product.
 template <class T>
@@ -181,7 +181,7 @@ inline void typed(Dtype dtype, const void* p, const F& f) {
   typed(dtype, const_cast<void*>(p), [&](const auto* typed_p) { f(typed_p); });
 }
 
-// ---- memory and threads ----------------------------------------------------------------------------------------------
+// ---- memory and threads ---------------------------------------------------------------------------------------------
 
 class Buffer {
  public:

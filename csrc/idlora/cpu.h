@@ -7,7 +7,7 @@
 
 namespace idlora::cpu {
 
-// The caller's thread pool. `run` calls body(context, begin, end) over parts of [0, n) of at least `grain`, in parallel.
+// The caller's thread pool. `run` calls body(context, begin, end) for parts of [0, n) of at least `grain`, in parallel.
 struct Parallel {
   int64_t threads;
   void (*run)(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
