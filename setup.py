@@ -156,4 +156,9 @@ def native() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**native() if platform.system() == "Linux" else pure_python("the kernels are built on Linux only."))
+if {"egg_info", "dist_info", "sdist"} & set(sys.argv):  # nothing is built: nothing to say
+    setup()
+elif platform.system() == "Linux":
+    setup(**native())
+else:
+    setup(**pure_python("the kernels are built on Linux only."))
