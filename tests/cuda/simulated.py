@@ -48,6 +48,7 @@ def library() -> Path:
 @cache
 def run(case: Case) -> dict[Setting, Result]:
     """The case under every setting, as many at a time as there are cores. A finding is an exception."""
+    library()  # built before several threads ask for it
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = threads.map(lambda setting: _process(setting).submit(_execute, case).result(), SETTINGS)
         return {
