@@ -18,28 +18,19 @@ constexpr int TOKENS = 32, WARPS = 8, THREADS = 32 * WARPS;
 constexpr int X_STRIDE = TOKENS + 2, X_WORDS = X_STRIDE / 2;  // elements and words of a row of x; the words are odd
 constexpr int MAX_GATHERED = 65536 / X_WORDS;                 // for 16-bit offsets; shared memory ends before
 
-// Byte offsets into dynamic shared memory; each a multiple of 16.
-struct Layout {
-  int order, row_of, router, a, scale, z, x, bytes;
+struct Layout : SharedLayout {
+  int order, row_of, router, a, scale, z, x;
 
   __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
     const int kr = k * r;
-    auto take = [this](size_t size) {
-      const int offset = bytes;
-      bytes += static_cast<int>(round_up(size, 16));
-      return offset;
-    };
-    bytes = 0;
     order = take(kr * sizeof(int));
     row_of = take(kr * sizeof(uint16_t));
     router = take(router_rows * r * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     scale = take(TOKENS * sizeof(float));
     // The warps' shares of a are done with before z is written, the bits of the sort before x is.
-    const size_t shares = WARPS * k * TOKENS * sizeof(float), rows = TOKENS * z_stride(s, r / s) * 2;
-    z = take(shares > rows ? shares : rows);
-    const size_t columns = sort_bytes(d), gathered = static_cast<size_t>(kr) * X_STRIDE * 2;
-    x = take(columns > gathered ? columns : gathered);
+    z = take_larger(WARPS * k * TOKENS * sizeof(float), TOKENS * z_stride(s, r / s) * 2);
+    x = take_larger(sort_bytes(d), static_cast<size_t>(kr) * X_STRIDE * 2);
   }
 };
 
@@ -80,11 +71,9 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const T* const x_lane = x + threadIdx.x % 32;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int split = blockIdx.x % splits;  // the blocks of a tile run at the same time and meet in L2
-  const int64_t first = static_cast<int64_t>(blockIdx.x / splits) * TOKENS;
-  const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first));
-  const int groups = (ds + COLUMNS - 1) / COLUMNS, share = (groups + splits - 1) / splits;
-  const int group = split * share + warp, end = min(groups, (split + 1) * share);
+  const Share own = share_of_block<TOKENS>(p.N, ds, splits);
+  const int64_t first = own.first;
+  const int tokens = own.tokens;
 
   // 1. order
   for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
@@ -113,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     }
   }
   BColumns<T, BT, CHUNKS> columns;  // on its way while the tokens are routed
-  if (group < end) columns.load(p.B, ds, q, group);
+  if (own.group < own.end) columns.load(p.B, ds, q, own.group);
   __syncthreads();
 
   // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
@@ -133,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     }
     shares[(warp * k + i) * TOKENS + lane] = sum;
   }
-  if (p.x && split == 0) store_x(static_cast<T*>(p.x) + first * kr, x_lane, row_of, kr, tokens);
+  if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kr, x_lane, row_of, kr, tokens);
   __syncthreads();
   for (int i = warp; i < k; i += WARPS) {
     float sum = 0;
@@ -144,10 +133,9 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
   float unscale = 1;
   if constexpr (std::is_same_v<T, __half>) {
-    // z is quadratic in the activation and may leave float16's range; z / sum_i |a_i| is no larger than the largest x.
-    float sum = 0;
-    for (int i = 0; i < k; ++i) sum += fabsf(a[i * TOKENS + lane]);
-    const float power = exp2f(fminf(fmaxf(ceilf(log2f(sum)), -120.0f), 120.0f));
+    float size = 0;  // z / sum_i |a_i| is no larger than the largest x
+    for (int i = 0; i < k; ++i) size += fabsf(a[i * TOKENS + lane]);
+    const float power = power_of_two_above(size);
     unscale = 1 / power;
     if (warp == 0) scale[lane] = power;
   }
@@ -178,9 +166,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
 
   // 4. product
-  const Epilogue<T> epilogue{static_cast<const T*>(p.y0), static_cast<T*>(p.y), p.bias_in_y0 ? nullptr : p.bias,
-                             p.N, p.d, p.y0_stride, p.scaling, ds, q, s, p.bias_dtype};
-  multiply_and_store(epilogue, columns, p.B, z, scale, first, tokens, group, end, WARPS);
+  multiply_and_store(Epilogue<T>(p, p.bias_in_y0 ? nullptr : p.bias), columns, p.B, z, scale, own, WARPS);
 #endif
 }
 
@@ -192,11 +178,10 @@ bool fits_prefill(const AdaptProblem& p) {
 }
 
 const char* prefill_adapt(const AdaptProblem& p, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(p.N, TOKENS), d = p.d, kr = p.k * p.r, q = p.r / p.s;
-  const int64_t gathered = TOKENS * std::min(2 * d, 32 * kr), B_bytes = d / p.s * q * (p.B_dtype == Dtype::float32 ? 4 : 2);
-  const int splits = column_splits(tiles, gathered, 4 * TOKENS * d + B_bytes, ceil_div(d / p.s, COLUMNS * WARPS), 1.25);
+  const int64_t tiles = ceil_div(p.N, TOKENS), d = p.d, gathered = TOKENS * std::min(2 * d, 32 * p.k * p.r);
+  const int splits = column_splits(tiles, gathered, 4 * TOKENS * d + B_bytes(p), ceil_div(d / p.s, COLUMNS * WARPS), 1.25);
   const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
-  return with_tensor_types(p.dtype, p.B_dtype, q, [&](auto t, auto b, auto chunks) {
+  return with_tensor_types(p.dtype, p.B_dtype, p.r / p.s, [&](auto t, auto b, auto chunks) {
     return launch(adapt_prefill<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
                   THREADS, layout.bytes, stream, p, splits);
   });

@@ -27,19 +27,11 @@ constexpr int TILE_COLUMNS = 64, TILE_STRIDE = TILE_COLUMNS + 2;  // elements; 3
 __host__ __device__ constexpr int x_stride(int kr) { return (kr / 8 | 1) * 8; }
 __host__ __device__ constexpr int B_stride(int q) { return (q / 8 | 1) * 8; }
 
-// Byte offsets into dynamic shared memory; each a multiple of 16.
-struct Layout {
-  int order, before, router, dT, a, da, x, ring, bytes;
+struct Layout : SharedLayout {
+  int order, before, router, dT, a, da, x, ring;
 
   __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
     const int kr = k * r;
-    auto take = [this](size_t size) {
-      const int offset = bytes;
-      bytes += static_cast<int>(round_up(size, 16));
-      return offset;
-    };
-    auto most = [](size_t u, size_t v) { return u > v ? u : v; };
-    bytes = 0;
     order = take(kr * sizeof(int2));
     before = take((sort_words(d) + 1) * sizeof(uint32_t));
     router = take(router_rows * r * sizeof(float));
@@ -47,9 +39,9 @@ struct Layout {
     a = take(k * TOKENS * sizeof(float));
     da = take(k * TOKENS * sizeof(float));
     // The tiles of dy come when x is done with; the warps' shares of a and da and the sort use the ring when B is not in it.
-    x = take(most(static_cast<size_t>(TOKENS) * x_stride(kr) * 2, static_cast<size_t>(WARPS) * TOKENS * TILE_STRIDE * 2));
-    const size_t shares = WARPS * k * TOKENS * sizeof(float), dz = r * DZ_STRIDE * sizeof(float);
-    ring = take(most(most(static_cast<size_t>(STAGES) * STAGE * B_stride(r / s) * 2, dz + shares), sort_bytes(d)));
+    x = take_larger(static_cast<size_t>(TOKENS) * x_stride(kr) * 2, static_cast<size_t>(WARPS) * TOKENS * TILE_STRIDE * 2);
+    const size_t B = static_cast<size_t>(STAGES) * STAGE * B_stride(r / s) * 2, sort = sort_bytes(d);
+    ring = take_larger(B > sort ? B : sort, (r * DZ_STRIDE + WARPS * k * TOKENS) * sizeof(float));
   }
 };
 
@@ -145,7 +137,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     if constexpr (std::is_same_v<T, __half>) {  // |z| <= sum_i |a_i| 65504: above 1, keep z within float16
       float size = 0;
       for (int i = 0; i < k; ++i) size += fabsf(a[i * TOKENS + lane]);
-      const float power = exp2f(fminf(fmaxf(ceilf(log2f(size)), 0.0f), 15.0f));
+      const float power = power_of_two_above(size, 0, 15);
       unscale = 1 / power;
       if (warp == 0 && lane < tokens)
         reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.scale)[first + lane] = power;

@@ -13,25 +13,17 @@ namespace {
 constexpr int TOKENS = ROWS, WARPS = 4, THREADS = 32 * WARPS;
 constexpr int UNSORTED = 4;  // up to so many tokens, sorting the columns costs more than the sectors it saves
 
-// Byte offsets into dynamic shared memory; each a multiple of 16.
-struct Layout {
-  int order, router, a, scale, z, x, bytes;
+struct Layout : SharedLayout {
+  int order, router, a, scale, z, x;
 
   __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
     const int kr = k * r;
-    auto take = [this](size_t size) {
-      const int offset = bytes;
-      bytes += static_cast<int>(round_up(size, 16));
-      return offset;
-    };
-    bytes = 0;
     order = take(kr * sizeof(int2));
     router = take(router_rows * r * sizeof(float));
     a = take(TOKENS * k * sizeof(float));
     scale = take(TOKENS * sizeof(float));
     z = take(TOKENS * z_stride(s, r / s) * 2);
-    const size_t columns = sort_bytes(d), gathered = static_cast<size_t>(TOKENS) * kr * 2;
-    x = take(columns > gathered ? columns : gathered);
+    x = take_larger(sort_bytes(d), static_cast<size_t>(TOKENS) * kr * 2);
   }
 };
 
@@ -46,14 +38,13 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x % splits;
-  const int64_t first = static_cast<int64_t>(blockIdx.x / splits) * TOKENS;
-  const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first));
-  const int groups = (ds + COLUMNS - 1) / COLUMNS, share = (groups + splits - 1) / splits;
-  const int group = split * share + warp, end = min(groups, (split + 1) * share);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Share own = share_of_block<TOKENS>(p.N, ds, splits);
+  const int64_t first = own.first;
+  const int tokens = own.tokens;
 
   BColumns<T, BT, CHUNKS> columns;
-  if (group < end) columns.load(p.B, ds, q, group);
+  if (own.group < own.end) columns.load(p.B, ds, q, own.group);
 
   // gather
   for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
@@ -74,7 +65,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
     }
   }
   __syncthreads();
-  if (p.x && split == 0) {
+  if (p.x && own.split == 0) {
     uint4* const out = reinterpret_cast<uint4*>(static_cast<T*>(p.x) + first * kr);
     for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS) out[i] = reinterpret_cast<const uint4*>(x)[i];
   }
@@ -104,7 +95,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
       if constexpr (std::is_same_v<T, __half>) {  // as in adapt.cu
         float size = 0;
         for (int c = 0; c < k; ++c) size += fabsf(a[n * k + c]);
-        const float power = exp2f(fminf(fmaxf(ceilf(log2f(size)), -120.0f), 120.0f));
+        const float power = power_of_two_above(size);
         unscale = 1 / power;
         if (w == 0) scale[n] = power;
       }
@@ -119,9 +110,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   }
   __syncthreads();
 
-  const Epilogue<T> epilogue{static_cast<const T*>(p.y0), static_cast<T*>(p.y), p.bias_in_y0 ? nullptr : p.bias,
-                             p.N, p.d, p.y0_stride, p.scaling, ds, q, s, p.bias_dtype};
-  multiply_and_store(epilogue, columns, p.B, z, scale, first, tokens, group, end, WARPS);
+  multiply_and_store(Epilogue<T>(p, p.bias_in_y0 ? nullptr : p.bias), columns, p.B, z, scale, own, WARPS);
 #endif
 }
 
@@ -134,11 +123,10 @@ bool fits_decode(const AdaptProblem& p) {
 
 const char* decode_adapt(const AdaptProblem& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.N, TOKENS), tokens = std::min<int64_t>(p.N, TOKENS), d = p.d, kr = p.k * p.r;
-  const int64_t q = p.r / p.s, gathered = tokens * std::min(2 * d, 32 * kr) + 4 * kr;
-  const int64_t B_bytes = d / p.s * q * (p.B_dtype == Dtype::float32 ? 4 : 2);
-  const int splits = column_splits(tiles, gathered, 4 * tokens * d + B_bytes, ceil_div(d / p.s, COLUMNS * WARPS), 1.4);
+  const int64_t gathered = tokens * std::min(2 * d, 32 * kr) + 4 * kr;
+  const int splits = column_splits(tiles, gathered, 4 * tokens * d + B_bytes(p), ceil_div(d / p.s, COLUMNS * WARPS), 1.4);
   const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
-  return with_tensor_types(p.dtype, p.B_dtype, q, [&](auto t, auto b, auto chunks) {
+  return with_tensor_types(p.dtype, p.B_dtype, p.r / p.s, [&](auto t, auto b, auto chunks) {
     return launch(adapt_decode<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
                   THREADS, layout.bytes, stream, p, splits);
   });

@@ -28,9 +28,10 @@ constexpr int X_BYTES = TILE_BYTES / WARPS / 16 * 16;
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
-    plain_adapt_kernel(const AdaptProblem p, const float* given_z, const Plan plan) {
+    plain_adapt_kernel(const __grid_constant__ AdaptProblem p, const float* given_z,
+                       const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ int64_t y0_of[A_ROWS];  // where the row starts in y0, from the block's first token,
+  __shared__ int64_t y0_of[A_ROWS];  // where the row starts in y0,
   __shared__ int part_of[A_ROWS];    // and which columns of d it is: kept, as divisions are slow
   float *const tile = shared, *const z = shared + TILE_BYTES / sizeof(float);
 
@@ -40,12 +41,12 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int64_t first_token = first_row / s;
   const int first_part = static_cast<int>(first_row % s), tokens = (first_part + rows - 1) / s + 1;
   const int split = blockIdx.x % plan.splits;
-  const T* const y0 = static_cast<const T*>(p.y0) + first_token * p.y0_stride;
+  const T* const y0 = static_cast<const T*>(p.y0);
 
   if (threadIdx.x < rows) {
     const int part = first_part + static_cast<int>(threadIdx.x);
     part_of[threadIdx.x] = part % s * ds;
-    y0_of[threadIdx.x] = part / s * p.y0_stride + part % s * ds;
+    y0_of[threadIdx.x] = (first_token + part / s) * p.y0_stride + part % s * ds;
   }
   for (int row = rows; row % 8 != 0; ++row)  // a warp multiplies eight rows, also where they are fewer
     for (int i = threadIdx.x; i < plan.held; i += THREADS) z[i * plan.z_stride + row] = 0;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     const bool cached = kr * static_cast<int64_t>(sizeof(T)) <= X_BYTES;
     T* const cache = reinterpret_cast<T*>(reinterpret_cast<char*>(tile) + warp() * X_BYTES);
     for (int t = warp(); t < tokens; t += WARPS) {
-      const T* const row_of_y0 = y0 + t * p.y0_stride;
+      const T* const row_of_y0 = y0 + (first_token + t) * p.y0_stride;
       auto gather = [&](int e) {
         const int column = __ldg(p.index + e);
         const T v = __ldg(row_of_y0 + column);
@@ -101,22 +102,25 @@ __global__ void __launch_bounds__(THREADS, 2)
       ahead.load([&](int c, int i) { return c0 + c < ds && i0 + i < q ? to_float(__ldg(B + c * q + i)) : 0.0f; });
     });
   };
+  int staged = -plan.held;  // the first entry of z in shared memory
   for (int c0 = first_column; c0 < end_column; c0 += COLUMNS) {
     float sum[8][4] = {};
     for (int i0 = 0; i0 < q; i0 += INNER) {
-      const bool once = c0 == first_column && i0 == 0;
       __syncthreads();
-      if (once || (plan.held < q && i0 % plan.held == 0)) {
-        stage_z(i0, once && split == 0);
+      if (i0 < staged || i0 >= staged + plan.held) {
+        stage_z(i0, c0 == 0 && i0 == 0);
+        staged = i0;
         load_B(c0, i0);
         __syncthreads();
       }
       ahead.store(tile, B_STRIDE);
       __syncthreads();
-      const int next_i0 = i0 + INNER < q ? i0 + INNER : 0, next_c0 = next_i0 > 0 ? c0 : c0 + COLUMNS;
-      if (next_c0 < end_column) load_B(next_c0, next_i0);
+      if (i0 + INNER < q)
+        load_B(c0, i0 + INNER);
+      else if (c0 + COLUMNS < end_column)
+        load_B(c0 + COLUMNS, 0);
       if (8 * warp() < rows)
-        multiply(sum, z + i0 % plan.held * plan.z_stride + 8 * warp(), plan.z_stride, tile, min(INNER, q - i0));
+        multiply<1>(sum, z + (i0 - staged) * plan.z_stride + 8 * warp(), plan.z_stride, tile, min(INNER, q - i0));
     }
 
     const float scaling = p.scaling;
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int m = 0; m < 2; ++m)
         if (const int row = 8 * warp() + half + m; row < rows) {
-          const T* const from = y0 + y0_of[row] + c0 + lane();
+          const T* const from = static_cast<const T*>(p.y0) + y0_of[row] + c0 + lane();
 #pragma unroll
           for (int u = 0; u < 4; ++u)
             if (32 * u < columns) v[m][u] = __ldg(from + 32 * u);

@@ -88,10 +88,13 @@ constexpr int A_ROWS = 8 * WARPS, COLUMNS = 128, INNER = 32;
 constexpr int A_STRIDE = A_ROWS + 4;   // a multiple of 16 bytes
 constexpr int B_STRIDE = COLUMNS + 1;  // odd: lanes may write a row or a column of the tile
 
-// c[m][u] += sum_i A[i][m] B[i][lane + 32 u]
+// c[m][u] += sum_i A[i][m] B[i][lane + 32 u]. Summed on its own before it is added to c: one long sum loses digits.
+// UNROLL: as many entries at a time as the caller has registers for.
+template <int UNROLL>
 __device__ __forceinline__ void multiply(float (&c)[8][4], const float* A, int A_stride, const float* B, int count) {
   B += lane();
-#pragma unroll 4
+  float sum[8][4] = {};
+#pragma unroll UNROLL
   for (int i = 0; i < count; ++i) {
     const float4 lo = *reinterpret_cast<const float4*>(A + i * A_stride);
     const float4 hi = *reinterpret_cast<const float4*>(A + i * A_stride + 4);
@@ -100,9 +103,13 @@ __device__ __forceinline__ void multiply(float (&c)[8][4], const float* A, int A
     for (int u = 0; u < 4; ++u) {
       const float b = B[i * B_STRIDE + 32 * u];
 #pragma unroll
-      for (int m = 0; m < 8; ++m) c[m][u] = fmaf(a[m], b, c[m][u]);
+      for (int m = 0; m < 8; ++m) sum[m][u] = fmaf(a[m], b, sum[m][u]);
     }
   }
+#pragma unroll
+  for (int u = 0; u < 4; ++u)
+#pragma unroll
+    for (int m = 0; m < 8; ++m) c[m][u] += sum[m][u];
 }
 
 // A tile of OUTER x INNER numbers on its way through registers: loaded before a product, stored after it. Neighbouring

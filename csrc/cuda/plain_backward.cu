@@ -49,7 +49,7 @@ __device__ __forceinline__ void accumulate(float (&c)[8][4], Shared& shared, int
     B.store(shared.B, B_STRIDE);
     __syncthreads();
     if (i0 + INNER < end) load(i0 + INNER);
-    if (!idle) multiply(c, shared.A + 8 * warp(), A_STRIDE, shared.B, min(INNER, end - i0));
+    if (!idle) multiply<4>(c, shared.A + 8 * warp(), A_STRIDE, shared.B, min(INNER, end - i0));
   }
 }
 
@@ -166,12 +166,14 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
   const int entries = static_cast<int>(p.router_rows) * r, together = p.router_rows == 1 ? k : 1;
   float* const dT = plan.dT + first_token / TOKENS * entries;
   for (int e = threadIdx.x; e < entries; e += THREADS) {
-    float sum = 0;
+    float sum[8] = {};  // of every eighth token, then added in pairs: one long sum loses digits
     for (int i = e / r; i < e / r + together; ++i)
-#pragma unroll 8
-      for (int t = 0; t < tokens; ++t)
-        sum = fmaf(da_first[t * k + i], to_float(x_first[(static_cast<int64_t>(t) * k + i) * r + e % r]), sum);
-    dT[e] = sum;
+      for (int first = 0; first < tokens; first += 8)
+#pragma unroll
+        for (int u = 0; u < 8; ++u)
+          if (const int t = first + u; t < tokens)
+            sum[u] = fmaf(da_first[t * k + i], to_float(x_first[(static_cast<int64_t>(t) * k + i) * r + e % r]), sum[u]);
+    dT[e] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
   }
 }
 

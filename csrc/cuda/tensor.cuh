@@ -145,6 +145,30 @@ __host__ __device__ constexpr int padded(int q) { return q <= 2 * INNER ? 2 * IN
 __host__ __device__ constexpr int z_stride(int s, int q) { return s * padded(q) + 8; }
 __device__ __forceinline__ int slot(int i) { return i / INNER * INNER + (i / 2 % 4) * 8 + (i / 8 % 4) * 2 + i % 2; }
 
+// What a block works on: tokens [first, first + tokens), and of the groups of COLUMNS columns a share, which begins for
+// this warp at `group` and ends at `end`. Blocks of one tile of tokens run at the same time and meet in L2.
+struct Share {
+  int split, tokens, group, end;
+  int64_t first;
+};
+
+template <int TOKENS>
+__device__ __forceinline__ Share share_of_block(int64_t N, int ds, int splits) {
+  Share own;
+  own.split = blockIdx.x % splits;
+  own.first = static_cast<int64_t>(blockIdx.x / splits) * TOKENS;
+  own.tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), N - own.first));
+  const int groups = (ds + COLUMNS - 1) / COLUMNS, share = (groups + splits - 1) / splits;
+  own.group = own.split * share + static_cast<int>(threadIdx.x / 32);
+  own.end = min(groups, (own.split + 1) * share);
+  return own;
+}
+
+// z is quadratic in the activation and may leave float16's range: there it is divided by a power of two of its size.
+__device__ __forceinline__ float power_of_two_above(float size, float least = -120, float most = 120) {
+  return exp2f(fminf(fmaxf(ceilf(log2f(size)), least), most));
+}
+
 template <class T>
 struct Epilogue {
   const T* y0;
@@ -154,6 +178,12 @@ struct Epilogue {
   float scaling;
   int ds, q, s;
   Dtype bias_dtype;
+
+  // `added`: the bias, unless y0 contains it.
+  template <class Problem>
+  __device__ __forceinline__ Epilogue(const Problem& p, const void* added)
+      : y0(static_cast<const T*>(p.y0)), y(static_cast<T*>(p.y)), bias(added), N(p.N), d(p.d), y0_stride(p.y0_stride),
+        scaling(p.scaling), ds(p.d / p.s), q(p.r / p.s), s(p.s), bias_dtype(p.bias_dtype) {}
 };
 
 template <class T, class BT, int CHUNKS>
@@ -188,18 +218,18 @@ __device__ __forceinline__ uint4 add8(const uint4& y0, const float (&bias)[8], f
 }
 
 // z: [tokens rounded up to 16][z_stride] in shared memory; z_scale [tokens] (float16 only): y gets z * z_scale.
-// `columns` holds the B of this warp's first group; the warps share the groups [group, end).
+// `columns` holds the B of this warp's first group.
 template <class T, class BT, int CHUNKS>
 __device__ __forceinline__ void multiply_and_store(const Epilogue<T>& e, BColumns<T, BT, CHUNKS>& columns, const void* B,
-                                                   const T* z, const float* z_scale, int64_t first_token, int tokens,
-                                                   int group, int end, int warps) {
+                                                   const T* z, const float* z_scale, const Share& own, int warps) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, stride = e.s * CHUNKS * INNER + 8;
   const T* const z_lane = z + (lane % 16) * stride + lane / 16 * 8;
-  for (; group < end; group += warps) {
+  const int tokens = own.tokens;
+  for (int group = own.group; group < own.end; group += warps) {
     const int64_t column = group * COLUMNS + 8 * t;
     const bool inside = column < e.ds;
-    const T* const y0 = e.y0 + (first_token + g) * e.y0_stride + column;
-    T* y = e.y + (first_token + g) * e.d + column;
+    const T* const y0 = e.y0 + (own.first + g) * e.y0_stride + column;
+    T* y = e.y + (own.first + g) * e.d + column;
     // Tiles of 16 rows (part j, tokens n ..), the next two of them always on their way.
     const T* from = y0;
     int n_from = 0, j_from = 0;
@@ -244,11 +274,24 @@ __device__ __forceinline__ void multiply_and_store(const Epilogue<T>& e, BColumn
           }
       }
     }
-    if (group + warps < end) columns.load(B, e.ds, e.q, group + warps);
+    if (group + warps < own.end) columns.load(B, e.ds, e.q, group + warps);
   }
 }
 
 // ---- host ------------------------------------------------------------------------------------------------------------
+
+// Byte offsets into dynamic shared memory, each a multiple of 16.
+struct SharedLayout {
+  int bytes = 0;
+
+  __host__ __device__ int take(size_t size) {
+    const int offset = bytes;
+    bytes += static_cast<int>(round_up(size, 16));
+    return offset;
+  }
+  // For what is never needed at the same time.
+  __host__ __device__ int take_larger(size_t u, size_t v) { return take(u > v ? u : v); }
+};
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -257,6 +300,11 @@ inline bool fits_tensor_cores(Dtype dtype, int64_t d, int64_t r, int64_t s, int6
                               const void* out, const void* B) {
   return dtype != Dtype::float32 && current_device().arch >= 80 && d / s % 8 == 0 && r / s % 8 == 0 &&
          r / s <= MAX_CHUNKS * INNER && stride % 8 == 0 && aligned(in) && aligned(out) && aligned(B);
+}
+
+template <class Problem>
+int64_t B_bytes(const Problem& p) {
+  return p.d / p.s * (p.r / p.s) * (p.B_dtype == Dtype::float32 ? 4 : 2);
 }
 
 // How many blocks share the columns of a tile of tokens. Each of them gathers all of the tile's x, so more blocks fill
