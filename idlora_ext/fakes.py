@@ -41,8 +41,9 @@ def _check_index(op: str, index: Tensor, like: Tensor) -> None:
 
 
 def _check_router(op: str, router: Tensor, k: int, r: int, like: Tensor) -> None:
-    ok = router.ndim == 2 and router.shape[1] == r and (router.shape[0] == k or router.shape[0] == 1)
-    _shape(op, "router", router, f"[k, r] = [{k}, {r}] or [1, r] = [1, {r}]", ok)
+    ok = router.ndim in (1, 2) and router.shape[1:] in ((), (r,)) and (router.shape[0] == k or router.shape[0] == 1)
+    expected = f"[k, r] = [{k}, {r}] or [1, r] = [1, {r}], or static: [k] = [{k}] or [1]"
+    _shape(op, "router", router, expected, ok)
     _check_parameter(op, "router", router, like)
 
 
@@ -73,6 +74,11 @@ def _name(dtype: torch.dtype) -> str:
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def keeps_sum(router: Tensor) -> bool:
+    """Whether ``u = sum_i x_i`` is enough for the backward pass: one static constant for all clusters."""
+    return router.ndim == 1 and router.shape[0] == 1
 
 
 def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,7 +147,8 @@ def adapt(
     _check_bias(op, bias, d, y0)
     if bias_in_y0 and bias is None:
         raise ValueError("idlora::adapt: bias_in_y0=True needs the bias that y0 contains, got bias=None")
-    return y0.new_empty(y0.shape), y0.new_empty(*y0.shape[:-1], k, r) if save_x else y0.new_empty(0)
+    kept = (r,) if keeps_sum(router) else (k, r)
+    return y0.new_empty(y0.shape), y0.new_empty(*y0.shape[:-1], *kept) if save_x else y0.new_empty(0)
 
 
 def adapt_backward(
@@ -151,11 +158,11 @@ def adapt_backward(
     _check_activation(op, "dy", dy, 1, "[..., d]")
     _check_index(op, index, dy)
     k, r = index.shape
-    ok = x.ndim == dy.ndim + 1 and x.shape[:-2] == dy.shape[:-1] and x.shape[-2:] == index.shape
-    _shape(op, "x", x, f"[..., k, r] = {[*dy.shape[:-1], k, r]}", ok)
+    _check_router(op, router, k, r, dy)
+    sizes = [*dy.shape[:-1], r] if keeps_sum(router) else [*dy.shape[:-1], k, r]
+    _shape(op, "x", x, f"[..., r] = {sizes}" if keeps_sum(router) else f"[..., k, r] = {sizes}", list(x.shape) == sizes)
     if x.dtype != dy.dtype:
         raise TypeError(f"idlora::{op}: x must be {_name(dy.dtype)}, got {_name(x.dtype)}")
     _check_device(op, "x", x, dy)
-    _check_router(op, router, k, r, dy)
     _check_B(op, B, dy.shape[-1], r, dy)
     return dy.new_empty(dy.shape), router.new_empty(router.shape), B.new_empty(B.shape)

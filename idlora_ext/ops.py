@@ -8,6 +8,10 @@ For one adapted layer, with ``y0 = h W^T`` the output of the frozen base layer (
 
 ``adapt`` is the three fused and ``adapt_backward`` its gradient; between the two only ``x`` is kept.
 
+A router of one dimension is static: ``a_i`` is a constant, one for each cluster (``[k]``) or one for all (``[1]``).
+Then the update does not depend on the token: it is a matrix of rank ``r``. With one constant for all it is enough to
+keep ``u = sum_i x_i``, a ``k``-th of ``x``; the gradients of ``k`` constants need each ``x_i``.
+
 Every op is registered with the dispatcher under the namespace ``idlora``. The kernels in this file are registered as
 ``CompositeExplicitAutograd``, the default of every device; a native module only adds CPU and CUDA kernels for the same
 schemas. Kernels trust their fake to have checked the arguments: the default kernels call it to allocate their result.
@@ -75,7 +79,7 @@ def rb_scale(x: Tensor, router: Tensor) -> Tensor:
 
     Args:
         x: ``[..., k, r]`` from :func:`cluster_gather`.
-        router: ``T``, ``[k, r]``, or ``[1, r]`` for one vector shared by all clusters.
+        router: ``T``, ``[k, r]``, or ``[1, r]``: one vector for all clusters. Static: ``a``, ``[k]`` or ``[1]``.
 
     Returns:
         ``z [..., r]``, float32 (float64 for float64 ``x``).
@@ -120,12 +124,13 @@ def adapt(
     """``y = y0 + bias + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``, ``x_i = y0[index_i]``.
 
     The whole adapter as an epilogue on the base layer's output (arXiv 2602.20727, eq. 3 and 4). Differentiable in
-    ``y0``, ``router``, ``B`` and ``bias``; keeps ``x [..., k, r]`` for the backward pass and neither ``h`` nor ``y0``.
+    ``y0``, ``router``, ``B`` and ``bias``; keeps ``x [..., k, r]`` for the backward pass (with one static constant
+    ``u = sum_i x_i [..., r]``) and neither ``h`` nor ``y0``.
 
     Args:
         y0: ``[..., d]`` output of the base layer, any strides.
         index: ``[k, r]`` int32, distinct entries in ``[0, d)`` (not checked here: it would synchronise the device).
-        router: ``T``, ``[k, r]`` or, shared by all clusters, ``[1, r]``.
+        router: ``T``, ``[k, r]`` or, shared by all clusters, ``[1, r]``; static: ``a``, ``[k]`` or ``[1]``.
         B: ``[d/s, r/s]``, the shared trainable matrix; ``s`` follows from the shapes, and both must agree.
         bias: ``[d]`` or None. By default ``y0`` comes without it and it is added to the result.
         scaling: sigma.
@@ -153,9 +158,12 @@ def adapt_backward(
         dT_i  = sum_n da_i x_i                              (summed over i for a shared router)
         dy0   = dy, then dy0[index_i] += a_i dz + da_i T_i  (entries of index are distinct)
 
+    A static router gets ``da_i`` summed over the tokens, and ``dy0[index_i] += a_i dz``.
+
     Args:
         dy: ``[..., d]``.
-        x: ``[..., k, r]``, what :func:`cluster_gather` returned in the forward pass.
+        x: ``[..., k, r]``, what :func:`cluster_gather` returned in the forward pass; with one static constant its sum
+            over the clusters, ``[..., r]``.
         index, router, B, scaling: as in :func:`adapt`.
 
     Returns:
@@ -190,8 +198,11 @@ def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _route(x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` and ``a [..., k, 1]``, ``z [..., r]`` in the accumulation dtype."""
+    """``x`` and ``a [..., k, 1]`` (static: ``[k, 1]`` or ``[1, 1]``), ``z [..., r]`` in the accumulation dtype."""
     x = x.to(accumulate(x.dtype))
+    if router.ndim == 1:
+        a = router.to(x.dtype).unsqueeze(-1)
+        return x, a, (a * x).sum(-2) if len(a) > 1 else a[0] * x.sum(-2)
     if router.shape[0] == 1:
         a = (x @ router[0].to(x.dtype)).unsqueeze(-1)
     else:
@@ -229,6 +240,8 @@ def _rb_scale_gradient(dz: Tensor, x: Tensor, a: Tensor, router: Tensor) -> tupl
     """``dx`` and ``dT`` in the dtype of ``x``, the accumulation dtype."""
     dz = dz.unsqueeze(-2)
     da = (dz * x).sum(-1, keepdim=True)
+    if router.ndim == 1:
+        return (a * dz).expand_as(x).contiguous(), da.squeeze(-1).sum_to_size(router.shape)
     dx = torch.addcmul(a * dz, da, router.to(x.dtype))
     return dx, (da * x).sum_to_size(router.shape)
 
@@ -283,8 +296,10 @@ def _adapt(
 ) -> tuple[Tensor, Tensor]:
     _, x = fakes.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)
     gathered = _cluster_gather(y0, index, bias if bias_in_y0 else None)
-    z = _route(gathered, router)[2]
-    return _shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling), gathered if save_x else x
+    wide, _, z = _route(gathered, router)
+    if save_x:
+        x = wide.sum(-2).to(y0.dtype) if fakes.keeps_sum(router) else gathered
+    return _shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling), x
 
 
 @_default("adapt_backward")
@@ -292,10 +307,10 @@ def _adapt_backward(
     dy: Tensor, x: Tensor, index: Tensor, router: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     fakes.adapt_backward(dy, x, index, router, B, scaling)
-    wide, a, z = _route(x, router)
+    wide, a, z = _route(x.unsqueeze(-2) if fakes.keeps_sum(router) else x, router)
     dz, dB = _shared_gemm_backward(dy, z, B, scaling)
     dx, drouter = _rb_scale_gradient(dz, wide, a, router)
-    dx = dx.flatten(-2).to(dy.dtype)
+    dx = dx.to(dy.dtype).expand(*dy.shape[:-1], *index.shape).flatten(-2)
     # Distinct entries: no element gets two additions, so the result does not depend on their order.
     dy0 = dy.clone().scatter_add_(-1, index.flatten().long().expand_as(dx), dx)
     return dy0, drouter.to(router.dtype), dB
@@ -361,9 +376,15 @@ def _adapt_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     with op_range("backward", "idlora::adapt_backward", ctx.layer):
         dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
     dbias = None
-    if _needs_bias(ctx, 4):
-        # An added bias sees dy; a bias inside y0 is subtracted from the gathered columns, so it sees -(dy0 - dy).
-        dbias = _sum_to_bias(dy - dy0 if ctx.bias_in_y0 else dy, ctx.bias_dtype)
+    if _needs_bias(ctx, 4) and not ctx.bias_in_y0:
+        dbias = _sum_to_bias(dy, ctx.bias_dtype)
+    elif _needs_bias(ctx, 4):
+        # It is subtracted from the gathered columns, so it sees -dx. Taken anew, as dy - dy0 has lost dx's last digits.
+        x = x.unsqueeze(-2) if fakes.keeps_sum(router) else x
+        dz, _ = torch.ops.idlora.shared_gemm_backward(dy, torch.ops.idlora.rb_scale(x, router), B, ctx.scaling)
+        dx, _ = torch.ops.idlora.rb_scale_backward(dz, x, router)
+        dx = dx.expand(*dx.shape[:-2], *index.shape).contiguous()
+        dbias = -_sum_to_bias(torch.ops.idlora.cluster_gather_backward(dx, index, dy.shape[-1]), ctx.bias_dtype)
     return dy0, None, drouter, dB, dbias, None, None, None
 
 

@@ -16,8 +16,8 @@ def linear(
     """``y = h W^T + b + scaling * sum_i <T_i, A_i h> concat_j(B (A_i h)^(j))``.
 
     Args:
-        h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``;
-        B: ``[d/s, r/s]``.
+        h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
+        or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``.
 
     Returns:
         ``[..., d]``.
@@ -47,6 +47,6 @@ def adapt(
 
 
 def _boosted(x_i: Tensor, T_i: Tensor, B: Tensor) -> Tensor:
-    """``<T_i, x_i> concat_j(B x_i^(j))``."""
-    a_i = (x_i * T_i).sum(-1, keepdim=True)
+    """``a_i concat_j(B x_i^(j))``, ``a_i = <T_i, x_i>``, or the constant that is given as ``T_i``."""
+    a_i = (x_i * T_i).sum(-1, keepdim=True) if T_i.ndim else T_i
     return a_i * torch.cat([part @ B.T for part in x_i.split(B.shape[1], dim=-1)], dim=-1)

@@ -17,11 +17,22 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def adapter_tensors(
-    d: int, k: int, r: int, s: int, *, shared: bool = False, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    d: int,
+    k: int,
+    r: int,
+    s: int,
+    *,
+    shared: bool = False,
+    static: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random index, router and B of one layer, scaled so that the update is of the size of the activation."""
     index = torch.randperm(d)[: k * r].view(k, r).to(torch.int32)
-    router = torch.randn(1 if shared else k, r, dtype=torch.float64) / (k * r) ** 0.5
+    rows = 1 if shared else k
+    router = torch.randn(rows, r, dtype=torch.float64) / (k * r) ** 0.5
+    if static:
+        router = 1 + 0.5 * torch.randn(rows, dtype=torch.float64)
     B = torch.randn(d // s, r // s, dtype=torch.float64) / (r // s) ** 0.5
     return index.to(device), router.to(device, dtype), B.to(device, dtype)
 

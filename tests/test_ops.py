@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import adapter_tensors
@@ -14,10 +16,27 @@ LEADING = {"N=0": (0,), "N=1": (1,), "N=5": (5,), "2x3": (2, 3), "none": ()}
 BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
 
 
-def problem(shape, leading=(5,), shared=False, bias=None, dtype=torch.float64, device="cpu", requires_grad=True):
+ROUTERS = {
+    "per-cluster": {},
+    "shared": {"shared": True},
+    "static-per-cluster": {"static": True},
+    "static": {"static": True, "shared": True},
+}
+every_router = pytest.mark.parametrize("router_kind", ROUTERS.values(), ids=ROUTERS)
+
+
+def problem(
+    shape,
+    leading=(5,),
+    router_kind=ROUTERS["per-cluster"],
+    bias=None,
+    dtype=torch.float64,
+    device="cpu",
+    requires_grad=True,
+):
     d, k, r, s = shape
     torch.manual_seed(0)
-    index, router, B = adapter_tensors(d, k, r, s, shared=shared, dtype=dtype, device=device)
+    index, router, B = adapter_tensors(d, k, r, s, **router_kind, dtype=dtype, device=device)
     y0 = torch.randn(*leading, d, dtype=torch.float64).to(device, dtype)
     b = None if bias is None else torch.randn(d, dtype=torch.float64).to(device, dtype)
     for t in (y0, router, B, b):
@@ -27,11 +46,11 @@ def problem(shape, leading=(5,), shared=False, bias=None, dtype=torch.float64, d
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
+@every_router
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_adapt_is_the_papers_equation(shape, leading, shared, bias, device):
-    args = problem(shape, leading, shared, bias, device=device)
+def test_adapt_is_the_papers_equation(shape, leading, router_kind, bias, device):
+    args = problem(shape, leading, router_kind, bias, device=device)
     expected = reference.adapt(*args, 0.7, bias_in_y0=bool(bias))
     y = ops.adapt(*args, 0.7, bias_in_y0=bool(bias))
     assert y.shape == args[0].shape
@@ -54,9 +73,9 @@ def test_adapted_linear_layer_is_the_papers_layer():
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
-def test_gradcheck(shared, bias, device):
-    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), shared, bias, device=device)
+@every_router
+def test_gradcheck(router_kind, bias, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), router_kind, bias, device=device)
     assert torch.autograd.gradcheck(
         lambda y0, router, B, b: ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias)), (y0, router, B, b)
     )
@@ -68,13 +87,14 @@ def test_gradcheck(shared, bias, device):
     )
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["per-cluster", "shared"])
-def test_opcheck(shared, device):
-    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), shared, bias=True, device=device)
+@every_router
+def test_opcheck(router_kind, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), router_kind, bias=True, device=device)
     x = y0.detach()[..., index.long()].requires_grad_()
     z = torch.randn(2, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
     dy, dz = torch.randn_like(y0), torch.randn_like(z)
     plain = [t.detach() for t in (x, router, B, z)]
+    kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, False, True)[1]
     for name, args in {
         "cluster_gather": (y0, index, b),
         "cluster_gather_backward": (plain[0], index, 24),
@@ -83,14 +103,15 @@ def test_opcheck(shared, device):
         "shared_gemm": (y0, z, B, b, 0.7),
         "shared_gemm_backward": (dy, plain[3], plain[2], 0.7),
         "adapt": (y0, index, router, B, b, 0.7, False, True),
-        "adapt_backward": (dy, plain[0], index, plain[1], plain[2], 0.7),
+        "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
 
+@every_router
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_family_ops_compose_to_adapt(dtype, device):
-    y0, index, router, B, b = problem((64, 4, 16, 4), dtype=dtype, bias=False, device=device)
+def test_family_ops_compose_to_adapt(dtype, router_kind, device):
+    y0, index, router, B, b = problem((64, 4, 16, 4), router_kind=router_kind, dtype=dtype, bias=False, device=device)
     z = ops.rb_scale(ops.cluster_gather(y0, index), router)
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7))
@@ -125,29 +146,35 @@ def test_strided_and_expanded_inputs(view, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(64, 4, 16, 2), (1032, 4, 24, 2), (512, 4, 128, 2)], ids=str)
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-def test_low_precision_error(shape, bias, dtype, parameters, device):
+@every_router
+def test_low_precision_error(shape, router_kind, bias, dtype, parameters, device):
     """Error against float64 at most 2x (gradients 3x) that of the same maths in the same dtype in plain PyTorch."""
-    wide = problem(shape, (37,), bias=bias, device=device)
+    _, index, router, B, b = problem(shape, (37,), router_kind, bias=bias, device=device, requires_grad=False)
     held = torch.float32 if parameters == "float32" else dtype
-    narrow = [
-        t if t is None or not t.is_floating_point() else t.detach().to(dtype if i == 0 else held).requires_grad_()
-        for i, t in enumerate(wide)
-    ]
-    exact = [t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_() for t in narrow]
-    plain = [t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_() for t in narrow]
-    g = torch.randn(37, shape[0], dtype=torch.float64, device=device).to(dtype)
+    rest = [router.to(held), B.to(held)] + ([] if b is None else [b.to(held)])
 
-    def run(function, args):
-        y = function(*args, 0.7, bias_in_y0=bool(bias))
-        variables = [t for t in args if t is not None and t.is_floating_point()]
-        return [y, *torch.autograd.grad(y, variables, g.to(y.dtype))]
+    def run(function, y0, dy, convert):
+        variables = [convert(t).detach().requires_grad_() for t in (y0, *rest)]
+        y = function(variables[0], index, *variables[1:], scaling=0.7, bias_in_y0=bool(bias))
+        return [y, *torch.autograd.grad(y, variables, dy.to(y.dtype))]
 
-    truth = run(reference.adapt, exact)
-    for i, (ours, theirs, true) in enumerate(
-        zip(run(ops.adapt, narrow), run(reference.adapt, plain), truth, strict=True)
-    ):
-        allowed = (2 if i == 0 else 3) * (theirs.double() - true).abs().max()
-        assert (ours.double() - true).abs().max() <= allowed, f"output {i}"
+    def errors(function, y0, dy, convert):
+        truth = run(reference.adapt, y0, dy, lambda t: t.double())
+        outputs = run(function, y0, dy, convert)
+        return [(t.double() - true).abs().max() for t, true in zip(outputs, truth, strict=True)]
+
+    def draw():
+        return [torch.randn(37, shape[0], dtype=torch.float64, device=device).to(dtype) for _ in range(2)]
+
+    first = draw()
+    ours = errors(ops.adapt, *first, lambda t: t)
+    theirs = [errors(reference.adapt, *first, lambda t: t.to(dtype))]
+    # The largest error of a few numbers is luck: for the router's gradient, that of as many draws as give 64 numbers.
+    for _ in range(1, math.ceil(64 / router.numel())):
+        theirs.append(errors(reference.adapt, *draw(), lambda t: t.to(dtype)))
+    for i, error in enumerate(ours):
+        most = max(e[i] for e in theirs) if i == 2 else theirs[0][i]
+        assert error <= (2 if i == 0 else 3) * most, f"output {i}"
 
 
 def test_float16_survives_a_z_beyond_its_range(device):
@@ -162,13 +189,14 @@ def test_float16_survives_a_z_beyond_its_range(device):
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0)
 
 
-def test_saves_x_and_small_things_only(device):
-    y0, index, router, B, b = problem((64, 4, 8, 2), (50,), bias=False, device=device)
+@every_router
+def test_saves_x_and_small_things_only(router_kind, device):
+    y0, index, router, B, b = problem((64, 4, 8, 2), (50,), router_kind, bias=False, device=device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.adapt(y0, index, router, B, b)
     sizes = sorted(t.numel() for t in saved if t.data_ptr() not in {router.data_ptr(), B.data_ptr(), index.data_ptr()})
-    assert sizes == [50 * 4 * 8]
+    assert sizes == [50 * 8 if router_kind == ROUTERS["static"] else 50 * 4 * 8]
 
 
 def test_nothing_is_saved_without_gradients(device):
@@ -191,8 +219,10 @@ def test_autocast_does_not_reach_into_the_kernels(device):
     assert torch.equal(inside, plain)
 
 
-def test_compiles_without_graph_breaks(device):
-    y0, index, router, B, _ = problem((24, 3, 4, 2), device=device)
+@every_router
+def test_compiles_without_graph_breaks(router_kind, device):
+    torch.compiler.reset()
+    y0, index, router, B, _ = problem((24, 3, 4, 2), router_kind=router_kind, device=device)
     compiled = torch.compile(ops.adapt, fullgraph=True, dynamic=True)
     for n in (1, 5, 9):
         y0 = torch.randn(n, 24, dtype=torch.float64, device=device, requires_grad=True)
@@ -225,7 +255,7 @@ def _replace(args, position, value):
         (0, lambda t: t[..., :11], ValueError, r"adapt: index must be \[k, r\] with k \* r <= d = 11, got shape \[3, 4\]"),
         (1, lambda t: t.long(), TypeError, "adapt: index must be int32, got int64"),
         (1, lambda t: t.flatten(), ValueError, r"adapt: index must be \[k, r\].*got shape \[12\]"),
-        (2, lambda t: t[:2], ValueError, r"adapt: router must be \[k, r\] = \[3, 4\] or \[1, r\] = \[1, 4\], got shape \[2, 4\]"),
+        (2, lambda t: t[:2], ValueError, r"adapt: router must be \[k, r\] = \[3, 4\] or \[1, r\] = \[1, 4\], or static: \[k\] = \[3\] or \[1\], got shape \[2, 4\]"),
         (2, lambda t: t.half(), TypeError, "adapt: router must be float64, got float16"),
         (3, lambda t: t[:, :1], ValueError, r"adapt: B must be \[d/s, r/s\] for one s that divides d = 24 and r = 4, got shape \[12, 1\]"),
         (3, lambda t: t.float(), TypeError, "adapt: B must be float64, got float32"),
