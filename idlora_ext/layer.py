@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from . import ops, profiling
 from .clustering import select_rows
 from .config import IdLoraConfig
+from .experts import ExpertLinear
 from .fingerprint import fingerprint
 
 
@@ -189,7 +190,7 @@ def linear_shape(layer: Any) -> tuple[int, int]:
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling ``layer`` is ``h W^T + b`` and nothing else: the very class, unhooked, unparametrised."""
     return (
-        type(layer) in (nn.Linear, Conv1D)
+        type(layer) in (nn.Linear, Conv1D, ExpertLinear)
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from . import integration
 from .checkpoint import verify
 from .config import IdLoraConfig
+from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
 from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
 from .restore import ModelState, remember_trainable
 
@@ -86,6 +87,7 @@ class IdLoraModel(BaseTuner):
             config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
             remember_trainable(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
             self._report(config, adapter_name)
             if not config.index_stored:
                 self._choose_rows(config, adapter_name)
@@ -99,6 +101,48 @@ class IdLoraModel(BaseTuner):
             self._before.pop(adapter_name, None)
             config.index_stored = True
         del self._new, self._unsupported, self._shrunk
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Open the fused experts that are targeted: PEFT calls this before it lists the modules of the model.
+
+        What looks like fused linear layers, is targeted and cannot be opened is an error: never silently left frozen.
+        """
+        unsupported = []
+        for name, module in list(model.named_modules()):
+            parent, _, child = name.rpartition(".")
+            if child == "base_layer":
+                continue
+            wanted = [
+                parameter
+                for parameter, count in fused_parameters(module).items()
+                if self._targets_experts(peft_config, name, parameter, count)
+            ]
+            if wanted and can_unfuse(module):
+                setattr(model.get_submodule(parent), child, UnfusedExperts(module))
+            else:
+                unsupported += [f"{name}.{p} {list(module.get_parameter(p).shape)}" for p in wanted]
+        if unsupported:
+            raise ValueError(
+                "target_modules takes in parameters that look like fused linear layers, of a kind ID-LoRA cannot open: "
+                + ", ".join(brief(unsupported))
+                + ". To leave them frozen, name their modules in exclude_modules, or other layers in target_modules."
+            )
+
+    def _targets_experts(self, config: PeftConfig, module: str, parameter: str, count: int) -> bool:
+        def asks(name: str) -> list[Any]:
+            return [self._check_target_module_exists(config, f"{module}.{expert}.{name}") for expert in range(count)]
+
+        whole, each = self._check_target_module_exists(config, module), asks(parameter)
+        if isinstance(whole, _ExcludedModule) or all(isinstance(found, _ExcludedModule) for found in each):
+            return False
+        if whole or any(each) or str(config.target_modules).lower() == "all-linear":
+            return True
+        if parts := [part for part in FUSED_FROM.get(parameter, ()) if any(asks(part))]:
+            raise ValueError(
+                f"target_modules names {', '.join(parts)}, which {module!r} holds fused as {parameter}: name that too, "
+                f"or leave the experts frozen with exclude_modules={[module.rpartition('.')[2]]}"
+            )
+        return False
 
     def _create_and_replace(
         self,
@@ -135,6 +179,12 @@ class IdLoraModel(BaseTuner):
             layer.name = current_key
             self._replace_module(parent, target_name, layer, target)
         self._new.append((current_key, layer))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, UnfusedExperts):  # unload: the original has no `weight` that PEFT could hand over
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _report(self, config: IdLoraConfig, adapter_name: str) -> None:
         if self._unsupported:
@@ -228,6 +278,8 @@ def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
         return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights without calling it"
+    if isinstance(target, UnfusedExperts):
+        return f"{type(target.base_layer).__qualname__}: name its parameters, such as down_proj, instead"
     if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
         return type(target).__qualname__
     return None

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import integration
+from .experts import fuse
 from .layer import IdLoraLayer
 
 _TRAINABLE = "_idlora_trainable"  # on an adapted model: names of the parameters that were trainable before
@@ -102,6 +103,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         if not remaining:
             parent, _, child = path.rpartition(".")
             setattr(base.get_submodule(parent), child, original)
+    fuse(base)
     if not configs:
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
