@@ -86,6 +86,9 @@ class IdLoraModel(BaseTuner):
         try:
             config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
             remember_trainable(model)
+            self._names: dict[int, list[str]] = {}
+            for name, module in model.named_modules(remove_duplicate=False):
+                self._names.setdefault(id(module), []).append(name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
             self._report(config, adapter_name)
@@ -100,7 +103,7 @@ class IdLoraModel(BaseTuner):
         else:
             self._before.pop(adapter_name, None)
             config.index_stored = True
-        del self._new, self._unsupported, self._shrunk
+        del self._new, self._unsupported, self._shrunk, self._names
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Open the fused experts that are targeted: PEFT calls this before it lists the modules of the model.
@@ -155,6 +158,8 @@ class IdLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         reason = _unsupported(target, parent)
+        if names := [name for name in self._names.get(id(target), []) if name != current_key]:
+            reason = reason or f"the same module is also {', '.join(names)}, and would be adapted under one name only"
         if reason:
             self._unsupported.setdefault(f" ({reason})", []).append(current_key)
             return

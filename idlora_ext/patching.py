@@ -95,6 +95,7 @@ _TASKS = {  # as PEFT's own task models have it: what ends a transformers class 
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForImageClassification": (None, ("classifier",)),
 }
 
 
@@ -105,6 +106,8 @@ def _fit_to_task(config: IdLoraConfig, model: nn.Module) -> None:
     """
     for ending, (task, heads) in _TASKS.items():
         if hasattr(type(model), "_hf_peft_config_loaded") and type(model).__name__.endswith(ending):
+            if ending == "ForConditionalGeneration" and not getattr(model.config, "is_encoder_decoder", False):
+                continue  # a vision-language model, for which PEFT has no task
             config.task_type = config.task_type or task
             if config.modules_to_save is None and config.task_type == task:
                 config.modules_to_save = [name for name, _ in model.named_children() if name in heads] or None
