@@ -103,7 +103,8 @@ def inspect_adapter(
         statistics["alpha"] = alpha_statistics(model, chosen or [rows[0]["input_ids"]])
     for kind, by_layer in statistics.items():
         for layer in layers:
-            layer[kind] = by_layer[layer["name"]]
+            if layer["name"] in by_layer:
+                layer[kind] = by_layer[layer["name"]]
     return report
 
 
@@ -181,16 +182,20 @@ def alpha_statistics(
 ) -> dict[str, dict[str, list[float]]]:
     """``mean``, ``std``, ``min`` and ``max`` over tokens of ``a_i = <T_i, A_i h>``, by layer, one value a cluster.
 
+    The tokens are those a layer receives: an expert not all of them, and without any it is left out.
+
     Args:
         model: a transformers model with the adapter, which is at work while the rows are read.
         rows: rows of token ids.
     """
     moments: dict[str, list[Tensor]] = {}
+    counts: dict[str, int] = {}
 
     def observe(name: str, layer: IdLoraLayer, h: Tensor) -> None:
         alpha = layer.alpha(h, adapter_name).flatten(0, -2).double()
         new = [alpha.sum(0), alpha.square().sum(0), alpha.amin(0), alpha.amax(0)]
         old = moments.get(name, [*map(torch.zeros_like, new[:2]), *new[2:]])
+        counts[name] = counts.get(name, 0) + len(alpha)
         moments[name] = [old[0] + new[0], old[1] + new[1], old[2].minimum(new[2]), old[3].maximum(new[3])]
 
     hooks = [
@@ -204,11 +209,10 @@ def alpha_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    count = sum(map(len, rows))
     return {
         name: {
-            "mean": (total / count).tolist(),
-            "std": (squares / count - (total / count).square()).clamp_min(0).sqrt().tolist(),
+            "mean": (total / counts[name]).tolist(),
+            "std": (squares / counts[name] - (total / counts[name]).square()).clamp_min(0).sqrt().tolist(),
             "min": low.tolist(),
             "max": high.tolist(),
         }
@@ -293,16 +297,16 @@ def table(report: dict[str, Any], *, every_layer: bool = False) -> str:
             line["norm"] = f"{_mean(_mean(c['chosen_norm']) / (c['norm'] or 1.0) for c in clusters):.2f}"
             legend += ["sizes: rows nearest to each cluster", "between: variance explained by the clusters"]
             legend += ["norm: of the chosen rows, over that of all rows"]
-        if "alpha" in layers[0]:
-            alpha = {key: [a for layer in layers for a in layer["alpha"][key]] for key in ("mean", "std", "min", "max")}
+        if observed := [layer["alpha"] for layer in layers if "alpha" in layer]:
+            alpha = {key: [a for layer in observed for a in layer[key]] for key in ("mean", "std", "min", "max")}
             line["a mean"], line["std"] = f"{_mean(alpha['mean']):.3f}", f"{_mean(alpha['std']):.3f}"
             line["min"], line["max"] = f"{min(alpha['min']):.3g}", f"{max(alpha['max']):.3g}"
             legend += ["a: the router's weights a_i"]
         lines.append(line)
-    head = {key: key for key in lines[0]}
-    widths = {key: max(len(line[key]) for line in [head, *lines]) for key in head}
+    head = {key: key for key in max(lines, key=len)}
+    widths = {key: max(len(line.get(key, "")) for line in [head, *lines]) for key in head}
     text = [
-        "  ".join(line[key].ljust(width) if key == "layer" else line[key].rjust(width) for key, width in widths.items())
+        "  ".join(line.get(k, "").ljust(w) if k == "layer" else line.get(k, "").rjust(w) for k, w in widths.items())
         for line in [head, *lines]
     ]
     rule = "-" * len(text[0])
@@ -325,7 +329,7 @@ def plot_alpha(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    groups = _groups(report["layers"], every_layer=False)
+    groups = _groups([layer for layer in report["layers"] if "alpha" in layer], every_layer=False)
     figure = Figure(figsize=(1.2 + 1.5 * len(groups), 7), dpi=150, layout="constrained")
     figure.suptitle("Router weights $a_i$ over the tokens, by layer and cluster")
     panels = figure.subplots(2, len(groups), squeeze=False)

@@ -250,10 +250,17 @@ class IdLoraModel(BaseTuner):
 
 
 def brief(names: Iterable[str]) -> list[str]:
-    """Layer names with their first number gathered: ``layers.0.q``, ``layers.1.q`` become ``layers.{0-1}.q``."""
+    """Layer names with their numbers gathered: ``layers.0.q``, ``layers.1.q`` become ``layers.{0-1}.q``.
+
+    Gathered are the first numbers and then the last ones: those of layers, and those of experts in them.
+    """
+    return _gather(r"(?:(.*\.)(\d+)(?=\.))?(.*)", _gather(r"(?:(.*?\.)?(\d+))?(.*)", names))
+
+
+def _gather(pattern: str, names: Iterable[str]) -> list[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        head, number, tail = re.fullmatch(r"(?:(.*?\.)?(\d+))?(.*)", name).groups()  # type: ignore[union-attr]
+        head, number, tail = re.fullmatch(pattern, name).groups()  # type: ignore[union-attr]
         groups.setdefault((head or "", tail), []).extend([int(number)] if number else [])
     result = []
     for (head, tail), numbers in groups.items():

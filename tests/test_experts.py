@@ -302,6 +302,31 @@ def test_a_failure_while_choosing_rows_puts_the_fused_experts_back():
     assert state_of(model) == before
 
 
+def test_messages_gather_layers_and_experts():
+    with pytest.warns(UserWarning, match="narrow") as caught:
+        idlora_ext.apply(mixtral(), r=32, num_clusters=4)
+    assert "model.layers.{0-1}.mlp.experts.{0-3}.gate_up_proj (d = 64: r = 16 instead of 32)" in str(caught[0].message)
+
+
+def test_inspection_counts_the_tokens_an_expert_receives():
+    from idlora_ext.inspection import alpha_statistics
+
+    model = randomize_adapter(idlora_ext.apply(mixtral(), **FIELDS))
+    rows = [[1, 2, 3], [4, 5]]  # ten choices of an expert in a layer
+    seen = {name: [] for name in layers_of(model)}
+    for name, layer in layers_of(model).items():
+        layer.register_forward_pre_hook(lambda layer, args, name=name: seen[name].append(layer.alpha(args[0])))
+    statistics = alpha_statistics(model, rows)
+    for name, alphas in seen.items():
+        if not alphas:
+            assert name not in statistics
+            continue
+        alpha = torch.cat([a.flatten(0, -2) for a in alphas]).double()
+        torch.testing.assert_close(torch.tensor(statistics[name]["mean"]).double(), alpha.mean(0))
+    tokens = sum(len(a) for name, alphas in seen.items() if "layers.0.mlp" in name and "down" in name for a in alphas)
+    assert tokens == 10
+
+
 class Routed(nn.Module):
     """Experts as they were before transformers 5: a list of modules with a linear layer each."""
 
