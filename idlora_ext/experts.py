@@ -100,6 +100,9 @@ def can_unfuse(module: nn.Module) -> bool:
     marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel", "num_experts")
     if not all(hasattr(module, mark) for mark in marks) or module._is_expert_parallel:
         return False
+    # Hooks and a replaced forward (tensor parallelism's all-reduce, offloading) would be passed by.
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
     weights = [module._parameters.get(name) for name in _products(module)]
     return all(w is not None and w.ndim == 3 and w.dtype.itemsize >= 2 for w in weights)
 
@@ -111,11 +114,12 @@ def fused_parameters(module: nn.Module) -> dict[str, int]:
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, BaseTunerLayer):
         return {}
-    return {
-        name: len(p)
-        for name, p in module.named_parameters(recurse=False)
-        if (p.ndim == 3 or (p.ndim > 3 and not p.is_floating_point())) and min(p.shape) > 1
-    }
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed ZeRO-3 leaves an empty stub
+        if min(shape, default=0) > 1 and (len(shape) == 3 or (len(shape) > 3 and not parameter.is_floating_point())):
+            found[name] = shape[0]
+    return found
 
 
 def fuse(model: nn.Module) -> None:

@@ -261,7 +261,32 @@ def llama4():
     return seeded(Llama4ForCausalLM, Llama4TextConfig, **(SIZES | sizes))
 
 
+def hooked():
+    """As tensor parallelism does it: the sum over ranks is a hook, which calling the experts one by one would miss."""
+    model = mixtral()
+    model.model.layers[1].mlp.experts.register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def partitioned():
+    """As DeepSpeed ZeRO-3 does it: parameters are empty until they are gathered."""
+    model = mixtral()
+    for parameter in model.model.layers[1].mlp.experts.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    return model
+
+
+def expert_parallel():
+    model = mixtral()
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    return model
+
+
 REFUSED = {
+    "hooked": (hooked, {}, r"cannot open: model.layers.1.mlp.experts.gate_up_proj \[4, 64, 64\]"),
+    "partitioned": (partitioned, {}, r"cannot open: model.layers.1.mlp.experts.gate_up_proj \[0\]"),
+    "expert parallel": (expert_parallel, {}, r"cannot open: model.layers.1.mlp.experts.gate_up_proj"),
     "foreign": (foreign, {}, r"cannot open: layers.\{0-1\}.experts.up \[4, 16, 32\], .*experts.down.*experts.blocks.*exclude_modules"),
     "llama4": (llama4, {}, r"layers.\{0-1\}.feed_forward.experts.gate_up_proj \[4, 64, 64\]"),
     "module by name": (qwen3_moe, {"target_modules": ["q_proj", "experts"]}, r"experts \(Qwen3MoeExperts: name its parameters"),
@@ -291,6 +316,16 @@ def test_leaving_foreign_experts_frozen_is_said_explicitly():
         "layers.1.proj",
     }
     assert layers_of(idlora_ext.apply(llama4(), target_modules=["q_proj"], **FIELDS))
+
+
+def test_the_router_can_be_trained_in_full(tmp_path):
+    model = idlora_ext.apply(qwen3_moe(), modules_to_save=["gate"], **FIELDS)
+    others = {n for n, p in model.named_parameters() if p.requires_grad and "idlora" not in n}
+    assert others == {"model.layers.1.mlp.gate.modules_to_save.default.weight"}
+    randomize_adapter(model)
+    model.get_parameter(*others).data.neg_()
+    idlora_ext.save(model, tmp_path)
+    assert torch.equal(logits(idlora_ext.load(qwen3_moe(), tmp_path)), logits(model))
 
 
 def test_a_failure_while_choosing_rows_puts_the_fused_experts_back():
