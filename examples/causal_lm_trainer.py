@@ -27,9 +27,9 @@ def main() -> None:
     print(str(idlora_ext.summary(model)).splitlines()[-1])
 
     texts = [f"{row['prompt']}\n{row['completion']}" for row in gsm8k()[:4]]  # to be learnt by heart
-    rows = [{"input_ids": tokenizer(text, truncation=True, max_length=48).input_ids} for text in texts]
+    rows = [{"input_ids": tokenizer(text, truncation=True, max_length=32).input_ids} for text in texts]
     with tempfile.TemporaryDirectory() as directory:
-        options = {"max_steps": 4, "learning_rate": 5e-4, "per_device_train_batch_size": 4, "logging_steps": 1}
+        options = {"max_steps": 3, "learning_rate": 5e-4, "per_device_train_batch_size": 4, "logging_steps": 1}
         trainer = Trainer(
             model,
             TrainingArguments(directory, report_to="none", save_strategy="no", **options),
