@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from . import integration
+from . import distributed, integration
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
@@ -85,8 +85,13 @@ class IdLoraModel(BaseTuner):
         try:
             config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
             remember_trainable(model)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._report(config, adapter_name)
+            try:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                self._report(config, adapter_name)
+            except Exception as error:
+                if not config.index_stored:
+                    distributed.fail(error)
+                raise
             if not config.index_stored:
                 self._choose_rows(config, adapter_name)
         except BaseException:
@@ -110,7 +115,7 @@ class IdLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        reason = _unsupported(target, parent)
+        reason = _unsupported(target, parent, peft_config.dropout)
         if reason:
             self._unsupported.setdefault(f" ({reason})", []).append(current_key)
             return
@@ -153,14 +158,24 @@ class IdLoraModel(BaseTuner):
         warnings.warn(f"{message}; they get the largest rank that fits: {names}", stacklevel=2)
 
     def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
-        layers = [(name, layer) for name, layer in self._new if not layer.weight.is_meta]
+        several = distributed.world_size() > 1
+        layers = [(name, layer) for name, layer in self._new if several or not layer.weight.is_meta]
         bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if self._progress else True)
-        for name, layer in bar:
+
+        def choose(name: str, layer: IdLoraLayer, weight: Tensor | None = None) -> None:
             bar.set_postfix_str(name, refresh=False)
             try:
-                layer.choose_rows(adapter_name, config, name)
+                layer.choose_rows(adapter_name, config, name, weight)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {name!r}: {error}. To leave the layer out, use exclude_modules.") from error
+            bar.update()
+
+        with bar:
+            if several:
+                distributed.choose_rows(layers, adapter_name, choose)
+            else:
+                for name, layer in layers:
+                    choose(name, layer)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -174,6 +189,12 @@ class IdLoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call)."""
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: distributed.full(tensor) for name, tensor in tensors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -222,7 +243,7 @@ def _refuse_existing(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
+def _unsupported(target: nn.Module, parent: nn.Module, dropout: float) -> str | None:
     """Why a target cannot be adapted, or None."""
     if isinstance(target, BaseTunerLayer) and not isinstance(target, IdLoraLayer):
         return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
@@ -230,7 +251,7 @@ def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weights without calling it"
     if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
         return type(target).__qualname__
-    return None
+    return distributed.unsupported(target.get_base_layer() if isinstance(target, IdLoraLayer) else target, dropout)
 
 
 if "IDLORA" not in integration.registered_methods():

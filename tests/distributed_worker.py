@@ -1,0 +1,258 @@
+"""What ``tests/test_distributed.py`` runs on every rank: ``torchrun --nproc-per-node 2 distributed_worker.py DIR``.
+
+Each scenario returns what the tests compare, and its record is written as ``DIR/NAME.RANK``; one that raises leaves the
+text of the error there. With one process the same scenarios give what the two must agree with.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import FIELDS, logits, randomize_adapter, state_of, tiny_llama
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import idlora_ext
+from idlora_ext import IdLoraConfig, layer
+from idlora_ext.layer import IdLoraLayer
+
+SIZE = 4  # rows of the global batch
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batch(step, mine=True):
+    ids = torch.randint(0, 101, (SIZE, 12), generator=torch.Generator().manual_seed(step))
+    rank, world = rank_and_world() if mine else (0, 1)
+    share = SIZE // world
+    return {"input_ids": ids[rank * share :][:share], "labels": ids[rank * share :][:share]}
+
+
+def adapted(**fields):
+    return randomize_adapter(idlora_ext.apply(tiny_llama(), progress=False, **FIELDS | fields)).train()
+
+
+def adapter_of(model):
+    return {
+        name.partition("module.")[2] or name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in model.state_dict().items()
+        if ".idlora_" in name
+    }
+
+
+def train(model, steps=3, mine=True):
+    """Losses of the global batch and gradients of the first step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses, gradients = [], {}
+    for step in range(steps):
+        loss = model(**batch(step, mine)).loss
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and step == 0:
+                g = parameter.grad
+                gradients[name.removeprefix("module.")] = (g.full_tensor() if isinstance(g, DTensor) else g).clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach()
+        if mine and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(mean.item())
+    return {"losses": losses, "gradients": gradients, "adapter": adapter_of(model)}
+
+
+def chosen_once(directory):
+    """Which layers' rows this rank chose, and what it ended with."""
+    clustered = []
+    original = layer.select_rows
+    layer.select_rows = lambda W, *args, **kwargs: clustered.append(W.data_ptr()) or original(W, *args, **kwargs)
+    try:
+        model = idlora_ext.apply(tiny_llama(), progress=False, **FIELDS)
+    finally:
+        layer.select_rows = original
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, IdLoraLayer)}
+    names = [name for name, m in layers.items() if m.get_base_weight().data_ptr() in clustered]
+    assert len(names) == len(clustered)
+    return {"clustered": names, "adapter": adapter_of(model), "layers": list(layers)}
+
+
+def error_on_one_rank(directory):
+    rank, _ = rank_and_world()
+    result = {}
+    for where in ("weight", "target"):
+        model = tiny_llama()
+        if rank == 1 and where == "weight":
+            model.model.layers[1].self_attn.q_proj.weight.data[3, 3] = torch.nan
+        if rank == 1 and where == "target":
+            model.model.layers[1].self_attn.q_proj = nn.Linear(64, 1, bias=False)
+        before = state_of(model)
+        try:
+            idlora_ext.apply(model, progress=False, **FIELDS)
+            result[where] = None
+        except ValueError as error:
+            result[where] = str(error)
+        result[f"{where} unchanged"] = state_of(model) == before
+    return result
+
+
+def different_layers(directory):
+    """Pipeline stages: each rank has another layer and chooses its own rows."""
+    rank, _ = rank_and_world()
+    model = tiny_llama()
+    del model.model.layers[1 - rank]
+    idlora_ext.apply(model, progress=False, **FIELDS)
+    return adapter_of(model)
+
+
+def weights_on_rank_0_only(directory):
+    rank, _ = rank_and_world()
+    if rank == 0:
+        model = tiny_llama()
+    else:
+        with torch.device("meta"):
+            model = tiny_llama()
+    return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS))
+
+
+def ddp(directory):
+    model = adapted()
+    if dist.is_initialized():
+        model = nn.parallel.DistributedDataParallel(model)
+    return train(model)
+
+
+def fsdp2(directory):
+    model = adapted()
+    seen = set()
+    original = layer.ops.adapt
+    layer.ops.adapt = lambda *args, **kwargs: seen.update(map(type, args[:4])) or original(*args, **kwargs)
+    try:
+        if dist.is_initialized():
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        result = train(model)
+    finally:
+        layer.ops.adapt = original
+    result["types"] = sorted(t.__name__ for t in seen)
+    result["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
+    state = get_peft_model_state_dict(model)
+    result["state is whole"] = not any(isinstance(t, DTensor) for t in state.values())
+    idlora_ext.save(model, directory / "fsdp2")
+    result["files"] = sorted(os.listdir(directory / "fsdp2"))  # there for all ranks when save returns
+    with torch.no_grad():
+        result["logits"] = model.eval()(**batch(9, mine=False)).logits
+        for name, p in model.named_parameters():
+            if "idlora_B" in name:
+                p.zero_()
+        idlora_ext.load(model, directory / "fsdp2", is_trainable=True)
+        result["reloaded"] = model(**batch(9, mine=False)).logits
+    result["adapter reloaded"] = adapter_of(model)
+    (directory / f"file{rank_and_world()[0]}").write_text("")
+    try:
+        idlora_ext.save(model, directory / "file0" / "below")
+        result["save error"] = None
+    except OSError as error:
+        result["save error"] = str(error)
+    if dist.is_initialized():  # a further adapter would be whole, and its gradients each rank's own
+        before = state_of(model)
+        try:
+            idlora_ext.apply(model, adapter_name="late", progress=False, **FIELDS)
+        except ValueError as error:
+            result["late"] = str(error)
+        result["late unchanged"] = state_of(model) == before
+    return result
+
+
+def trainer(directory, door, fsdp):
+    from transformers import Trainer, TrainingArguments
+
+    def make():
+        if door == "apply":
+            return idlora_ext.apply(tiny_llama(), progress=False, **FIELDS)
+        return get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS))
+
+    world = rank_and_world()[1]
+    sharding = {}
+    if fsdp is not None and world > 1:
+        sharding["fsdp"] = "full_shard auto_wrap"
+        sharding["fsdp_config"] = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "FULL_STATE_DICT",
+            **fsdp,
+        }
+    rows = [{k: v[0] for k, v in batch(step, mine=False).items()} for step in range(16)]
+    name = f"trainer-{door}-{'ddp' if fsdp is None else 'fsdp' + str(len(fsdp))}-{world}"
+
+    def run(steps, resume=None):
+        arguments = TrainingArguments(
+            output_dir=str(directory / name),
+            max_steps=steps,
+            per_device_train_batch_size=SIZE // world,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **sharding,
+        )
+        trainer = Trainer(make(), arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    finished, losses = run(4)
+    finished.save_model(str(directory / name / "final"))
+    result = {"losses": losses}
+    if dist.is_initialized():
+        dist.barrier()
+    result["resumed"] = run(4, str(directory / name / "checkpoint-2"))[1]
+    result["files"] = sorted(os.listdir(directory / name / "final"))
+    result["logits"] = logits(idlora_ext.load(tiny_llama(), directory / name / "final"))
+    return result
+
+
+SCENARIOS = {
+    "chosen_once": chosen_once,
+    "error_on_one_rank": error_on_one_rank,
+    "different_layers": different_layers,
+    "weights_on_rank_0_only": weights_on_rank_0_only,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
+    "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
+    "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
+    "trainer_fsdp2_peft": lambda directory: trainer(directory, "peft", {}),
+    "trainer_fsdp2_efficient": lambda directory: trainer(directory, "peft", {"cpu_ram_efficient_loading": True}),
+}
+
+
+def main(directory, names):
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank, world = rank_and_world()
+    for name in names or SCENARIOS:
+        try:
+            record = SCENARIOS[name](directory)
+        except Exception:
+            record = {"error": traceback.format_exc()}
+        torch.save(record, directory / f"{name}.{rank}of{world}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
