@@ -56,11 +56,12 @@ def unsupported(layer: Any, dropout: float) -> str | None:
     """Why a layer whose weight is not whole cannot be adapted, or None."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, DTensor):
-        if weight.device_mesh.mesh_dim_names != ("tp",):
+        # ("fsdp",): transformers' own sharding on loading, whose Trainer keeps adapters that come later in step.
+        if weight.device_mesh.mesh_dim_names not in (("tp",), ("fsdp",)):
             return "already sharded by FSDP: add the adapter first, so that it is sharded with its layer"
         if any(type(placement) not in (Shard, Replicate) for placement in weight.placements):
             return f"its rows are dealt out to the ranks out of order: {weight.placements}"
-        if dropout:
+        if dropout and weight.device_mesh.mesh_dim_names == ("tp",):
             return "tensor-parallel: dropout would differ between ranks and must be 0"
     elif isinstance(weight, Tensor) and weight.numel() == 0 and not hasattr(weight, "ds_shape"):
         return f"its weight has shape {list(weight.shape)}: partitioned, and not by DeepSpeed, which could gather it"
@@ -115,18 +116,20 @@ def fail(error: Exception) -> None:
 def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Choose) -> None:
     """Have each layer's rows chosen on one rank, and the index, router and fingerprint brought to all.
 
-    Ranks whose weights are on the meta device receive only. If the ranks hold different layers (pipeline stages), each
-    chooses its own.
+    Ranks whose weights are on the meta device receive only. If the ranks hold different layers (pipeline stages; their
+    names or fingerprints differ), each chooses its own.
 
     Raises:
         ValueError, TypeError: on every rank, if one rank cannot choose.
     """
     rank, world = dist.get_rank(), world_size()
     order = sorted(layers, key=lambda item: -item[1].in_features * item[1].out_features)
-    everyone = exchange(({name: not layer.weight.is_meta for name, layer in order}, None))
+    everyone = exchange(({name: _known(layer, adapter) for name, layer in order}, None))
     _raise_first(everyone, None)
-    present = [names for names, _ in everyone]
-    if any(list(names) != list(present[0]) for names in present):
+    present = [layers for layers, _ in everyone]
+    if any(list(others) != list(present[0]) for others in present) or any(
+        len({others[name] for others in present} - {None}) > 1 for name in present[0]
+    ):
         present = [present[rank] if r == rank else {} for r in range(world)]
 
     chosen: dict[str, tuple[Tensor, ...]] = {}
@@ -164,6 +167,11 @@ def _raise_first(everyone: list[tuple[Any, str | None]], own: Exception | None) 
     for rank, (_, message) in enumerate(everyone):
         if message is not None:
             raise ValueError(f"rank {rank} could not choose rows, so no rank has the adapter: {message}")
+
+
+def _known(layer: IdLoraLayer, adapter: str) -> tuple[int, ...] | None:
+    """What layer this is, or None if its weight is on the meta device."""
+    return None if layer.weight.is_meta else tuple(layer.idlora_fingerprint[adapter].tolist())
 
 
 def _tensors(layer: IdLoraLayer, adapter: str) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What ``tests/test_distributed.py`` runs on every rank: ``torchrun --nproc-per-node 2 distributed_worker.py DIR``.
 
-Each scenario returns what the tests compare, and its record is written as ``DIR/NAME.RANK``; one that raises leaves the
-text of the error there. With one process the same scenarios give what the two must agree with.
+What each scenario returns is written as ``DIR/NAME.RANKofWORLD``, or the text of its error. With one process the same
+scenarios give what two must agree with: in float64, where summing in another order does not show.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def batch(step, mine=True):
 
 
 def adapted(**fields):
-    return randomize_adapter(idlora_ext.apply(tiny_llama(), progress=False, **FIELDS | fields)).train()
+    return randomize_adapter(idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS | fields)).train()
 
 
 def adapter_of(model):
@@ -92,7 +92,7 @@ def error_on_one_rank(directory):
     for where in ("weight", "target"):
         model = tiny_llama()
         if rank == 1 and where == "weight":
-            model.model.layers[1].self_attn.q_proj.weight.data[3, 3] = torch.nan
+            model.model.layers[0].self_attn.v_proj.weight.data[3, 3] = torch.nan
         if rank == 1 and where == "target":
             model.model.layers[1].self_attn.q_proj = nn.Linear(64, 1, bias=False)
         before = state_of(model)
@@ -106,12 +106,14 @@ def error_on_one_rank(directory):
 
 
 def different_layers(directory):
-    """Pipeline stages: each rank has another layer and chooses its own rows."""
-    rank, _ = rank_and_world()
-    model = tiny_llama()
-    del model.model.layers[1 - rank]
-    idlora_ext.apply(model, progress=False, **FIELDS)
-    return adapter_of(model)
+    """Pipeline stages: the ranks have other layers, here even under one name, and each chooses its own rows."""
+    rank, world = rank_and_world()
+    result = {}
+    for stage in (rank,) if world > 1 else (0, 1):
+        model = tiny_llama()
+        del model.model.layers[1 - stage]
+        result[stage] = adapter_of(idlora_ext.apply(model, progress=False, **FIELDS))
+    return result
 
 
 def weights_on_rank_0_only(directory):
@@ -174,6 +176,82 @@ def fsdp2(directory):
     return result
 
 
+def tensor_parallel(directory, **fields):
+    """Column-parallel: q, k, v, gate and up; row-parallel: o and down; with biases, or with several adapters."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    rank, world = rank_and_world()
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    home = directory / f"base{world}"
+    if rank == 0:
+        base.save_pretrained(home)
+    options = {"attn_implementation": "eager", "dtype": torch.float64}
+    without = dict(options)
+    if world > 1:
+        dist.barrier()
+        options["distributed_config"] = DistributedConfig(tp_size=world, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(home, **options)
+    result = {}
+    if world > 1:
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        result["sharded"] = sum(isinstance(w, DTensor) for w in weights)
+        before = state_of(model)
+        try:
+            idlora_ext.apply(model, progress=False, dropout=0.1, **FIELDS)
+        except ValueError as error:
+            result["dropout"] = str(error)
+        result["dropout unchanged"] = state_of(model) == before
+    randomize_adapter(idlora_ext.apply(model, progress=False, **FIELDS | fields))
+    with torch.no_grad():
+        result["logits"] = model.eval()(**batch(9, mine=False)).logits
+        first = model.model.layers[0].self_attn.q_proj
+        result["alpha"] = first.alpha(
+            torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        )
+    result |= train(model.train(), mine=False)
+    model.add_adapter(IdLoraConfig(**FIELDS, seed=5), "second")
+    randomize_adapter(model, "second", seed=2)
+    model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        result["two adapters"] = model.eval()(**batch(9, mine=False)).logits
+    model.set_adapter("default")
+    idlora_ext.save(model, directory / f"tp{world}")
+    model.save_pretrained(directory / f"tp{world}-pretrained")
+    with torch.no_grad():
+        result["trained"] = model(**batch(9, mine=False)).logits
+    if world > 1:
+        dist.barrier()
+    for name in (f"tp{world}", f"tp{world}-pretrained"):
+        plain = AutoModelForCausalLM.from_pretrained(home, **without)
+        idlora_ext.load(plain, directory / name)
+        with torch.no_grad():
+            result[f"{name} loaded without"] = plain.eval()(**batch(9, mine=False)).logits
+    again = AutoModelForCausalLM.from_pretrained(home, **options)
+    idlora_ext.load(again, directory / f"tp{world}")
+    with torch.no_grad():
+        result["loaded"] = again(**batch(9, mine=False)).logits
+    return result
+
+
+def shard_on_cpu():
+    """Accelerate ignores its FSDP plugin when there is no accelerator; nothing in what it does then needs one."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def trainer(directory, door, fsdp):
     from transformers import Trainer, TrainingArguments
 
@@ -185,7 +263,8 @@ def trainer(directory, door, fsdp):
     world = rank_and_world()[1]
     sharding = {}
     if fsdp is not None and world > 1:
-        sharding["fsdp"] = "full_shard auto_wrap"
+        shard_on_cpu()
+        sharding["fsdp"] = True
         sharding["fsdp_config"] = {
             "version": 2,
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
@@ -215,7 +294,8 @@ def trainer(directory, door, fsdp):
 
     finished, losses = run(4)
     finished.save_model(str(directory / name / "final"))
-    result = {"losses": losses}
+    result = {"losses": losses, "wrapped": [c.__name__ for c in type(finished.model_wrapped).__mro__]}
+    result["sharded"] = all(isinstance(p, DTensor) for p in finished.model_wrapped.parameters())
     if dist.is_initialized():
         dist.barrier()
     result["resumed"] = run(4, str(directory / name / "checkpoint-2"))[1]
@@ -231,6 +311,8 @@ SCENARIOS = {
     "weights_on_rank_0_only": weights_on_rank_0_only,
     "ddp": ddp,
     "fsdp2": fsdp2,
+    "tensor_parallel": tensor_parallel,
+    "tensor_parallel_routers": lambda directory: tensor_parallel(directory, shared_router=False, rank_boost=4),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
     "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
     "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
