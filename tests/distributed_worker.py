@@ -246,8 +246,9 @@ def shard_on_cpu():
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        self.fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")  # one state, made again and again
+        if self.fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
@@ -255,12 +256,20 @@ def shard_on_cpu():
 def trainer(directory, door, fsdp):
     from transformers import Trainer, TrainingArguments
 
-    def make():
-        if door == "apply":
-            return idlora_ext.apply(tiny_llama(), progress=False, **FIELDS)
-        return get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS))
+    rank, world = rank_and_world()
 
-    world = rank_and_world()[1]
+    def make():
+        # With cpu_ram_efficient_loading transformers gives the weights to rank 0 alone.
+        empty = rank > 0 and fsdp is not None and "cpu_ram_efficient_loading" in fsdp
+        with torch.device("meta" if empty else "cpu"):
+            model = tiny_llama()
+        for module in model.modules():  # in no file, and so not on the meta device
+            if type(module).__name__ == "LlamaRotaryEmbedding":
+                module.__init__(model.config)
+        if door == "apply":
+            return idlora_ext.apply(model, progress=False, **FIELDS)
+        return get_peft_model(model, IdLoraConfig(**FIELDS))
+
     sharding = {}
     if fsdp is not None and world > 1:
         shard_on_cpu()
