@@ -313,6 +313,42 @@ def trainer(directory, door, fsdp):
     return result
 
 
+def zero3(directory):
+    """DeepSpeed's own ZeRO-3, on two ranks."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": SIZE // dist.get_world_size(),
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = tiny_llama()
+    whole = tiny_llama()
+    parameters = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        for ours, theirs in zip(parameters, whole.parameters(), strict=True):
+            ours.data.copy_(theirs.data)
+    randomize_adapter(idlora_ext.apply(model, progress=False, **FIELDS))
+    result = {"partitioned": all(p.numel() == 0 for n, p in model.named_parameters() if "base_layer" in n)}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    result["losses"] = []
+    for step in range(3):
+        loss = engine(**batch(step)).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        result["losses"].append(mean.item() / dist.get_world_size())
+    result["adapter partitioned"] = all(p.numel() == 0 for n, p in model.named_parameters() if ".idlora_" in n)
+    idlora_ext.save(model, directory / "zero3")
+    result["adapter"] = adapter_of(idlora_ext.load(whole, directory / "zero3"))
+    return result
+
+
+ON_REQUEST = {"zero3": zero3}
 SCENARIOS = {
     "chosen_once": chosen_once,
     "error_on_one_rank": error_on_one_rank,
@@ -337,7 +373,7 @@ def main(directory, names):
     rank, world = rank_and_world()
     for name in names or SCENARIOS:
         try:
-            record = SCENARIOS[name](directory)
+            record = (SCENARIOS | ON_REQUEST)[name](directory)
         except Exception:
             record = {"error": traceback.format_exc()}
         torch.save(record, directory / f"{name}.{rank}of{world}")

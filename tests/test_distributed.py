@@ -24,23 +24,24 @@ TESTS = Path(__file__).parent
 def records(tmp_path_factory):
     """``records(name)``: what the scenario returned in one process, and on each of two ranks."""
     directory = tmp_path_factory.mktemp("distributed")
-    worker = [str(TESTS / "distributed_worker.py"), str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
-    for command in ([sys.executable, *worker], two):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for world in (1, 2):
+        run(world, directory)
 
-    def read(name):
-        found = [
-            torch.load(directory / f"{name}.{rank}of{world}", weights_only=False)
-            for rank, world in ((0, 1), (0, 2), (1, 2))
-        ]
-        for record in found:
-            assert "error" not in record, record["error"]
-        return found
+    return lambda name: [read(directory, name, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2))]
 
-    return read
+
+def run(world, directory, *names, **environment):
+    command = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [sys.executable, *command, str(TESTS / "distributed_worker.py"), str(directory), *names]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def read(directory, name, rank, world):
+    record = torch.load(directory / f"{name}.{rank}of{world}", weights_only=False)
+    assert "error" not in record, record["error"]
+    return record
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -211,6 +212,23 @@ def distributed_save(model, directory):
         dist.destroy_process_group()
 
 
+def test_deepspeed_zero_3(records, tmp_path):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    run(2, tmp_path, "zero3", DS_ACCELERATOR="cpu")
+    one = records("fsdp2")[0]
+    for rank in (0, 1):
+        record = read(tmp_path, "zero3", rank, 2)
+        assert record["partitioned"]
+        assert record["adapter partitioned"]
+        assert record["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert_same(
+            record["adapter"],
+            {n: t.to(record["adapter"][n].dtype) for n, t in one["adapter"].items()},
+            rtol=0,
+            atol=1e-5,
+        )
+
+
 def test_an_empty_weight_is_never_clustered():
     model = tiny_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -221,7 +239,7 @@ def test_an_empty_weight_is_never_clustered():
     assert state_of(model) == before
 
 
-def test_rows_out_of_order_are_refused(monkeypatch):
+def test_rows_out_of_order_are_refused():
     """``packed_colwise``: what one rank has of fused weights is not one run of rows."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
