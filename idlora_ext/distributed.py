@@ -127,9 +127,10 @@ def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Cho
     everyone = exchange(({name: _known(layer, adapter) for name, layer in order}, None))
     _raise_first(everyone, None)
     present = [layers for layers, _ in everyone]
-    if any(list(others) != list(present[0]) for others in present) or any(
-        len({others[name] for others in present} - {None}) > 1 for name in present[0]
-    ):
+    shared = all(list(others) == list(present[0]) for others in present) and all(
+        len({others[name] for others in present} - {None}) <= 1 for name in present[0]
+    )
+    if not shared:
         present = [present[rank] if r == rank else {} for r in range(world)]
 
     chosen: dict[str, tuple[Tensor, ...]] = {}
@@ -155,6 +156,8 @@ def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Cho
                 error = caught
     everyone = exchange((chosen, error and str(error)))
     _raise_first(everyone, error)
+    if not shared:
+        return
     received = {name: tensors for others, _ in everyone for name, tensors in others.items()}
     for name, layer in layers:
         if name in received:
