@@ -31,3 +31,4 @@ __all__ = [
 ]
 
 integration.teach_trainer()
+integration.teach_accelerate()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import distributed
 from .config import BaseMismatch, IdLoraConfig
 from .fingerprint import difference
 from .layer import IdLoraLayer
@@ -155,9 +156,11 @@ def read_config(directory: str | os.PathLike[str]) -> IdLoraConfig:
 def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write an adapter to a directory, for any ``nn.Module``; nothing is left half-written.
 
-    A transformers model's own ``save_pretrained`` writes the same two files.
+    A transformers model's own ``save_pretrained`` writes the same two files. All ranks must save a sharded model;
+    rank 0 writes, and all return when the files are there.
 
     Raises:
+        OSError: the directory cannot be written (on every rank of a sharded model).
         ValueError: the model has no such adapter, or its tensors are still to be loaded.
     """
     holder = model.base_model if isinstance(model, PeftModel) else model
@@ -167,8 +170,21 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
     for name, module in model.named_modules():
         if isinstance(module, IdLoraLayer) and adapter_name in module.pending:
             raise ValueError(f"save: layer {name!r} of adapter {adapter_name!r} has no rows yet: load or choose them")
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {_PREFIX + key.removeprefix(_PREFIX): t.detach().cpu().contiguous() for key, t in tensors.items()}
+    sharded = any(map(distributed.is_sharded, model.parameters()))
+    with distributed.gathered(model, f".{adapter_name}"):
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        tensors = {_PREFIX + key.removeprefix(_PREFIX): _for_file(t) for key, t in tensors.items()}
+    if sharded:
+        distributed.on_first_rank(lambda: _write(directory, config, tensors))
+    else:
+        _write(directory, config, tensors)
+
+
+def _for_file(tensor: Tensor) -> Tensor:
+    return distributed.full(tensor.detach()).cpu().contiguous()
+
+
+def _write(directory: str | os.PathLike[str], config: IdLoraConfig, tensors: dict[str, Tensor]) -> None:
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as partial:
         config.save_pretrained(partial)

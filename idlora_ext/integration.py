@@ -111,3 +111,48 @@ def teach_trainer() -> None:
             wrapped = wrap(method)
             wrapped._idlora = True  # type: ignore[attr-defined]
             setattr(transformers.Trainer, name, wrapped)
+
+
+def teach_accelerate() -> None:
+    """Let accelerate shard ID-LoRA layers with FSDP2 and ``cpu_ram_efficient_loading``.
+
+    ``fsdp2_load_full_state_dict(accelerator, model, full_sd, ...)`` sends rank 0's tensors into a model on the meta
+    device. It takes every entry of ``model.state_dict()`` for a sharded parameter and fails at persistent buffers. The
+    index and the fingerprint are kept from it, and sent here. ``fsdp2_prepare_model`` calls it by its name.
+    """
+    import torch
+    from accelerate.utils import fsdp_utils
+    from torch.distributed import broadcast
+
+    from .layer import IdLoraLayer
+
+    original = fsdp_utils.fsdp2_load_full_state_dict
+    if hasattr(original, "_idlora"):
+        return
+
+    @functools.wraps(original)
+    def load(accelerator: Any, model: nn.Module, full_sd: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        holders: dict[str, Any] = {
+            f"{name}.{kind}": getattr(module, kind)
+            for name, module in model.named_modules()
+            if isinstance(module, IdLoraLayer)
+            for kind in ("idlora_index", "idlora_fingerprint")
+        }
+        for holder in holders.values():
+            holder._non_persistent_buffers_set.update(holder.keys())
+        try:
+            loaded = original(accelerator, model, full_sd, *args, **kwargs)
+        finally:
+            for holder in holders.values():
+                holder._non_persistent_buffers_set.clear()
+        for name, holder in holders.items():
+            for adapter, buffer in list(holder.items()):
+                sent = full_sd[f"{name}.{adapter}"] if accelerator.is_main_process else buffer
+                holder[adapter] = torch.empty_like(sent, device=accelerator.device)
+                if accelerator.is_main_process:
+                    holder[adapter].copy_(sent)
+                broadcast(holder[adapter], src=0)
+        return loaded
+
+    load._idlora = True  # type: ignore[attr-defined]
+    fsdp_utils.fsdp2_load_full_state_dict = load

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops, profiling
+from . import distributed, ops, profiling
 from .clustering import select_rows
 from .config import IdLoraConfig
 from .experts import ExpertLinear
@@ -62,9 +62,14 @@ class IdLoraLayer(BaseTunerLayer):
         self.in_features, self.out_features = linear_shape(self.get_base_layer())
 
     def get_base_weight(self) -> Tensor:
-        """``W [d, d_in]``, dequantised if the base layer is quantised."""
-        weight = super().get_base_weight()
-        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
+        """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them."""
+        base: Any = self.get_base_layer()
+        weight = distributed.whole(base.weight, super().get_base_weight)
+        weight = weight.t() if isinstance(base, Conv1D) else weight
+        expected = (self.out_features, self.in_features)
+        if weight.shape != expected:
+            raise ValueError(f"its weight must have shape {list(expected)} to be read, got {list(weight.shape)}")
+        return weight
 
     def update_layer(self, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
         """Add an adapter: tensors of the rank that fits, its rows still to be chosen or loaded."""
@@ -86,15 +91,16 @@ class IdLoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def choose_rows(self, adapter_name: str, config: IdLoraConfig, name: str) -> None:
+    def choose_rows(self, adapter_name: str, config: IdLoraConfig, name: str, weight: Tensor | None = None) -> None:
         """Cluster the rows of ``W``, keep the chosen ones, and start the router (``B`` stays zero).
 
-        ``name`` is the layer's, so that each layer has a seed of its own and the same one every time.
+        ``name`` is the layer's, so that each layer has a seed of its own and the same one every time. ``weight`` is
+        ``W`` if it has been read already.
         """
         index = self.idlora_index[adapter_name]
         k, r = index.shape
         seed = zlib.crc32(name.encode(), config.seed)
-        weight = self.get_base_weight()
+        weight = self.get_base_weight() if weight is None else weight
         self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
         start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
         self.pending.discard(adapter_name)
@@ -102,7 +108,7 @@ class IdLoraLayer(BaseTunerLayer):
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
         """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
         y0, bias, bias_in_y0 = self._base_output(h)
-        x = ops.cluster_gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
+        x = self._gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
         return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
 
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
@@ -111,11 +117,21 @@ class IdLoraLayer(BaseTunerLayer):
         A plain linear layer is called without its bias, which the epilogue then adds: subtracting it again from a
         low-precision output would lose digits. Any other layer adds its bias itself.
         """
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
         if bias is None or args or kwargs or not is_plain(self.base_layer):
             return self.base_layer(h, *args, **kwargs), bias, bias is not None
         weight: Any = self.base_layer.weight
         return F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight), bias, False
+
+    def _columns(self, y0: Tensor) -> distributed.Columns | None:
+        """Of a column-parallel layer those that ``y0`` has, None for any other: its output is whole."""
+        if y0.shape[-1] == self.out_features:
+            return None
+        return distributed.Columns(self.get_base_layer().weight)
+
+    def _gather(self, y0: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        columns = self._columns(y0)
+        return ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)
@@ -159,16 +175,17 @@ class Linear(nn.Module, IdLoraLayer):
             return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
-        if len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
+        columns = self._columns(y0)
+        if columns is None and len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
             index, router, B = self._tensors(adapters[0], y0.dtype)
             return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
         y = y0
         added = None if bias_in_y0 else bias
         for adapter in adapters:  # each adapter reads the base output, not the one before it
             index, router, B = self._tensors(adapter, y0.dtype)
-            x = ops.cluster_gather(y0, index, bias if bias_in_y0 else None)
+            x = self._gather(y0, index, bias if bias_in_y0 else None)
             z = F.dropout(ops.rb_scale(x, router), self.dropout[adapter], self.training)
-            y = ops.shared_gemm(y, z, B, added, self.scaling[adapter])
+            y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])
             added = None
         return y
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from . import integration
+from . import distributed, integration
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
@@ -89,9 +89,14 @@ class IdLoraModel(BaseTuner):
             self._names: dict[int, list[str]] = {}
             for name, module in model.named_modules(remove_duplicate=False):
                 self._names.setdefault(id(module), []).append(name)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
-            self._report(config, adapter_name)
+            try:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
+                self._report(config, adapter_name)
+            except Exception as error:
+                if not config.index_stored:
+                    distributed.fail(error)
+                raise
             if not config.index_stored:
                 self._choose_rows(config, adapter_name)
         except BaseException:
@@ -157,7 +162,7 @@ class IdLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        reason = _unsupported(target, parent)
+        reason = _unsupported(target, parent, peft_config.dropout)
         if names := [name for name in self._names.get(id(target), []) if name != current_key]:
             reason = reason or f"the same module is also {', '.join(names)}, and would be adapted under one name only"
         if reason:
@@ -208,14 +213,24 @@ class IdLoraModel(BaseTuner):
         warnings.warn(f"{message}; they get the largest rank that fits: {names}", stacklevel=2)
 
     def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
-        layers = [(name, layer) for name, layer in self._new if not layer.weight.is_meta]
+        several = distributed.world_size() > 1
+        layers = [(name, layer) for name, layer in self._new if several or not layer.weight.is_meta]
         bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if self._progress else True)
-        for name, layer in bar:
+
+        def choose(name: str, layer: IdLoraLayer, weight: Tensor | None = None) -> None:
             bar.set_postfix_str(name, refresh=False)
             try:
-                layer.choose_rows(adapter_name, config, name)
+                layer.choose_rows(adapter_name, config, name, weight)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {name!r}: {error}. To leave the layer out, use exclude_modules.") from error
+            bar.update()
+
+        with bar:
+            if several:
+                distributed.choose_rows(layers, adapter_name, choose)
+            else:
+                for name, layer in layers:
+                    choose(name, layer)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -229,6 +244,12 @@ class IdLoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call)."""
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: distributed.full(tensor) for name, tensor in tensors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -284,7 +305,7 @@ def _refuse_existing(model: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
+def _unsupported(target: nn.Module, parent: nn.Module, dropout: float) -> str | None:
     """Why a target cannot be adapted, or None."""
     if isinstance(target, BaseTunerLayer) and not isinstance(target, IdLoraLayer):
         return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
@@ -294,7 +315,7 @@ def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
         return f"{type(target.base_layer).__qualname__}: name its parameters, such as down_proj, instead"
     if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
         return type(target).__qualname__
-    return None
+    return distributed.unsupported(target.get_base_layer() if isinstance(target, IdLoraLayer) else target, dropout)
 
 
 if "IDLORA" not in integration.registered_methods():

@@ -27,7 +27,8 @@ def apply(
 
     Rows are chosen by clustering (a progress bar shows it), everything but the adapter is frozen, and the new adapter
     is the active one. A transformers model can then be trained with ``Trainer`` and saved with ``save_pretrained``,
-    adapter only. Until ``B`` is trained, a layer without bias returns what it returned before, bit for bit.
+    adapter only. Until ``B`` is trained, a layer without bias returns what it returned before, bit for bit. In several
+    processes (``torch.distributed``) every rank calls this, and they share the work.
 
     Args:
         model: any ``nn.Module`` with ``nn.Linear`` or ``Conv1D`` layers. For a ``PeftModel`` use its ``add_adapter``.
