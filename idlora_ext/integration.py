@@ -5,16 +5,19 @@ Tested with PEFT 0.21 and transformers 5.23. Each function says what it relies o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 if TYPE_CHECKING:
+    from .mixed_batches import MixedBatch
     from .restore import ModelState
 
 
@@ -111,3 +114,82 @@ def teach_trainer() -> None:
             wrapped = wrap(method)
             wrapped._idlora = True  # type: ignore[attr-defined]
             setattr(transformers.Trainer, name, wrapped)
+
+
+def repeated_rows(arguments: dict[str, Any]) -> int:
+    """How often ``generate``, called with these arguments, repeats every row of its batch: for beams and samples.
+
+    As ``GenerationMixin.generate`` has it. PEFT looks at the argument ``num_beams`` alone.
+    """
+    config = arguments.get("generation_config")
+    given = (arguments.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+    return max(given)
+
+
+@contextlib.contextmanager
+def mixed_saved_modules(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
+    """Have modules that are trained in full (``modules_to_save``) run every row with the copy of its adapter.
+
+    Relies on ``AuxiliaryTrainingWrapper.forward`` taking ``adapter_names``, which PEFT's LoRA hands it by the same kind
+    of hook. It ignores them if the active adapter has no copy of this module: hence no active adapter for the time.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    active = [wrapper._active_adapter for wrapper in wrappers]
+
+    def hand_over(wrapper: Any, args: Any, kwargs: Any) -> Any:
+        names = [name if name in wrapper._adapters else "__base__" for name in batch.of(args[0]).names]
+        return args, kwargs | {"adapter_names": names}
+
+    handles = [wrapper.register_forward_pre_hook(hand_over, with_kwargs=True) for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper._active_adapter = []
+        yield
+    finally:
+        for handle, wrapper, previous in zip(handles, wrappers, active, strict=True):
+            handle.remove()
+            wrapper._active_adapter = previous
+
+
+def _no_such_keyword(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise TypeError(
+            f"{type(model).__name__} has no argument adapter_names, and might ignore it. "
+            "Use `with idlora_ext.adapter_names(model, [...]): model(...)`, or wrap the model with get_peft_model."
+        )
+
+
+def refuse_adapter_names(model: nn.Module) -> None:
+    """Have an adapted model that is not in a ``PeftModel`` refuse ``adapter_names``: transformers models that take
+    ``**kwargs`` would ignore it. ``generate`` refuses keywords it does not know by itself.
+    """
+    allow_adapter_names(model)
+    model.register_forward_pre_hook(_no_such_keyword, with_kwargs=True)
+
+
+def allow_adapter_names(model: nn.Module) -> None:
+    """Take the hook of :func:`refuse_adapter_names` off again. Relies on how torch keeps hooks."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _no_such_keyword]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def teach_peft_model() -> None:
+    """Let ``PeftModel`` refuse ``adapter_names`` while its adapters are disabled.
+
+    ``PeftModel._enable_peft_forward_hooks`` does not ask the tuner then: all rows would silently get the base model.
+    """
+    from .model import IdLoraModel
+
+    original = PeftModel._enable_peft_forward_hooks
+    if hasattr(original, "_idlora"):
+        return
+
+    @functools.wraps(original)
+    def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, IdLoraModel) and kwargs.get("adapter_names") is not None:
+            return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    enable._idlora = True  # type: ignore[attr-defined]
+    PeftModel._enable_peft_forward_hooks = enable

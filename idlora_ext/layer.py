@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from . import ops, profiling
 from .clustering import select_rows
 from .config import IdLoraConfig
 from .fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from .mixed_batches import MixedBatch
 
 
 def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
@@ -45,6 +49,7 @@ class IdLoraLayer(BaseTunerLayer):
     name = "?"  # until the tuner gives it one
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
+    mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -116,6 +121,17 @@ class IdLoraLayer(BaseTunerLayer):
         weight: Any = self.base_layer.weight
         return F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight), bias, False
 
+    def refuse_pending(self, adapters: Iterable[str]) -> None:
+        """Refuse to run adapters without rows."""
+        for adapter in adapters:
+            if adapter in self.pending and not self.idlora_index[adapter].is_meta:
+                raise ValueError(
+                    f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
+                    "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
+                    "idlora_ext.load), remove the adapter (idlora_ext.remove), or set config.index_stored = False to "
+                    "choose rows for this model."
+                )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)
 
@@ -140,24 +156,22 @@ class Linear(nn.Module, IdLoraLayer):
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
+        if self.mixed_batch is not None:
+            return self.mixed_batch.forward(self, h, *args, **kwargs)
         adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
-        for adapter in adapters:
-            if adapter in self.pending and not self.idlora_index[adapter].is_meta:
-                raise ValueError(
-                    f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
-                    "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
-                    "idlora_ext.load), remove the adapter (idlora_ext.remove), or set config.index_stored = False to "
-                    "choose rows for this model."
-                )
+        self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
+        return self._adapt(adapters, y0, bias, bias_in_y0)
+
+    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         if bias is not None and bias.dtype not in (y0.dtype, torch.float32):
             bias = bias.to(y0.dtype)
         with profiling.layer(self.name):
-            return self._adapt(adapters, y0, bias, bias_in_y0)
+            return self._epilogue(adapters, y0, bias, bias_in_y0)
 
-    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+    def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         if len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
             index, router, B = self._tensors(adapters[0], y0.dtype)
             return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)

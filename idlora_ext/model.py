@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -21,6 +22,7 @@ from . import integration
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
+from .mixed_batches import adapter_names
 from .restore import ModelState, remember_trainable
 
 
@@ -86,6 +88,7 @@ class IdLoraModel(BaseTuner):
             config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
             remember_trainable(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            integration.refuse_adapter_names(model)
             self._report(config, adapter_name)
             if not config.index_stored:
                 self._choose_rows(config, adapter_name)
@@ -171,6 +174,21 @@ class IdLoraModel(BaseTuner):
             suffix = dataclasses.replace(peft_config, target_modules={key.rpartition(".")[2]})
             return check_target_module_exists(suffix, key)
         return found
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around ``forward`` and ``generate`` with their arguments: here for ``adapter_names``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with adapter_names(self.model, names, num_beams=integration.repeated_rows(kwargs)):
+            yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        integration.allow_adapter_names(model)
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)

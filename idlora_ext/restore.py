@@ -41,6 +41,8 @@ class ModelState:
         for parent, name, child in self.children:
             if parent._modules.get(name) is not child:
                 setattr(parent, name, child)
+        if not self.adapters:
+            integration.allow_adapter_names(self.model)
         for name in _ATTRIBUTES:
             vars(self.model).pop(name, None)
         vars(self.model).update(self.attributes)
@@ -103,6 +105,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
             parent, _, child = path.rpartition(".")
             setattr(base.get_submodule(parent), child, original)
     if not configs:
+        integration.allow_adapter_names(base)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
         trainable = set(vars(base).pop(_TRAINABLE, ()))
