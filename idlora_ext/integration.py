@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from .mixed_batches import MixedBatch
@@ -193,3 +196,35 @@ def teach_peft_model() -> None:
 
     enable._idlora = True  # type: ignore[attr-defined]
     PeftModel._enable_peft_forward_hooks = enable
+
+
+def quantization_backend(base_layer: nn.Module, arguments: dict[str, Any]) -> QuantizationBackend | None:
+    """PEFT's object for reading and writing the weights of a quantised layer, None for any other layer.
+
+    For torchao, PEFT insists on knowing how to quantise again, which only a model from transformers' quantiser can
+    tell (``get_quantization_kwargs``), and which is needed for nothing but merging.
+    """
+
+    def unknown() -> Any:
+        raise ValueError("merging into torchao weights needs a model that transformers has quantised (TorchAoConfig)")
+
+    return resolve_quantization_backend(base_layer, **({"get_apply_tensor_subclass": unknown} | arguments))
+
+
+def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
+    """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen.
+
+    Relies on PEFT's ``_maybe_include_all_linear_layers`` writing names into ``target_modules``, and leaving alone what
+    is resolved already. The head and what lies inside adapted layers stay out, as there.
+    """
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return
+    inside = {m for layer in model.modules() if isinstance(layer, BaseTunerLayer) for m in layer.modules()}
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    missed = {
+        name
+        for name, m in model.named_modules()
+        if is_linear(m) and not isinstance(m, (nn.Linear, Conv1D)) and m not in inside and m is not head
+    }
+    if missed:
+        config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | missed

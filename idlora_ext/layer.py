@@ -14,9 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops, profiling
+from . import integration, ops, profiling
+from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtype, stored
 from .clustering import select_rows
 from .config import IdLoraConfig
+from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class IdLoraLayer(BaseTunerLayer):
     active_adapters: list[str]  # PEFT's property
     mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         self.base_layer = base_layer
         self.idlora_index = BufferDict(persistent=True)
         self.idlora_router = nn.ParameterDict()
@@ -63,23 +65,25 @@ class IdLoraLayer(BaseTunerLayer):
         self.pending: set[str] = set()  # adapters whose tensors are still to come from a file
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        base = self.get_base_layer()
+        self.in_features, self.out_features = linear_shape(base)
+        self.quantization_backend = integration.quantization_backend(base, quantization or {})
 
     def get_base_weight(self) -> Tensor:
         """``W [d, d_in]``, dequantised if the base layer is quantised."""
-        weight = super().get_base_weight()
-        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
+        return base_weight(self.get_base_layer(), self.quantization_backend)
 
     def update_layer(self, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
         """Add an adapter: tensors of the rank that fits, its rows still to be chosen or loaded."""
         r = fit_rank(self.out_features, config.num_clusters, wanted_rank, config.rank_boost)
         k, s, d = config.num_clusters, config.rank_boost, self.out_features
         base = self.get_base_layer()
-        device = base.weight.device
-        dtype = base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32
-        fixed = {"device": device, "dtype": torch.int32}
+        device, dtype = stored(base).device, parameter_dtype(base)
+        fixed: dict[str, Any] = {"device": device, "dtype": torch.int32}
         self.idlora_index[adapter_name] = torch.full((k, r), -1, **fixed)
-        self.idlora_fingerprint[adapter_name] = fingerprint(self.get_base_weight(), base.weight.dtype).to(device)
+        self.idlora_fingerprint[adapter_name] = torch.zeros(FINGERPRINT_SIZE, **fixed)
+        if config.index_stored or stored(base).is_meta:  # else with the rows, so that W is dequantised only once
+            self._take_fingerprint(adapter_name, self.get_base_weight())
         router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
         self.idlora_router[adapter_name] = nn.Parameter(router)
         self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
@@ -99,9 +103,16 @@ class IdLoraLayer(BaseTunerLayer):
         k, r = index.shape
         seed = zlib.crc32(name.encode(), config.seed)
         weight = self.get_base_weight()
+        self._take_fingerprint(adapter_name, weight)
         self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
         start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
         self.pending.discard(adapter_name)
+
+    def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
+        base = self.get_base_layer()
+        dtype = torch.uint8 if is_quantised(base, self.quantization_backend) else stored(base).dtype
+        device = self.idlora_index[adapter_name].device
+        self.idlora_fingerprint[adapter_name] = fingerprint(weight, dtype).to(device)
 
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
         """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
@@ -117,9 +128,11 @@ class IdLoraLayer(BaseTunerLayer):
         """
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None or args or kwargs or not is_plain(self.base_layer):
-            return self.base_layer(h, *args, **kwargs), bias, bias is not None
+            y0 = self.base_layer(h, *args, **kwargs)
+            return y0, _beside(bias, y0), bias is not None
         weight: Any = self.base_layer.weight
-        return F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight), bias, False
+        y0 = F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight)
+        return y0, _beside(bias, y0), False
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""
@@ -146,11 +159,18 @@ MERGE_REFUSED = (
 
 
 class Linear(nn.Module, IdLoraLayer):
-    """``y = h W^T + b + scaling * concat_j(B z^(j))`` for ``nn.Linear`` and transformers' ``Conv1D``."""
+    """``y = h W^T + b + scaling * concat_j(B z^(j))`` for whatever returns ``h W^T + b``."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: IdLoraConfig,
+        wanted_rank: int,
+        quantization: dict[str, Any] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
-        IdLoraLayer.__init__(self, base_layer)
+        IdLoraLayer.__init__(self, base_layer, quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, wanted_rank)
 
@@ -166,8 +186,6 @@ class Linear(nn.Module, IdLoraLayer):
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
-        if bias is not None and bias.dtype not in (y0.dtype, torch.float32):
-            bias = bias.to(y0.dtype)
         with profiling.layer(self.name):
             return self._epilogue(adapters, y0, bias, bias_in_y0)
 
@@ -195,9 +213,9 @@ class Linear(nn.Module, IdLoraLayer):
         return "idlora." + super().__repr__()
 
 
-def linear_shape(layer: Any) -> tuple[int, int]:
-    """``(d_in, d)`` of a supported layer."""
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+def _beside(bias: Tensor | None, y0: Tensor) -> Tensor | None:
+    """The bias in a dtype that the operators take beside ``y0``: its own, or float32."""
+    return bias if bias is None or bias.dtype in (y0.dtype, torch.float32) else bias.to(y0.dtype)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -14,14 +14,15 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import register_peft_method
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from . import integration
+from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
-from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
+from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
 from .restore import ModelState, remember_trainable
 
@@ -103,6 +104,18 @@ class IdLoraModel(BaseTuner):
             config.index_stored = True
         del self._new, self._unsupported, self._shrunk
 
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """PEFT calls this before it resolves "all-linear", to ``nn.Linear`` and ``Conv1D`` only."""
+        integration.include_quantised_linears(peft_config, model, is_linear)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if (
+            getattr(child, "base_layer", None) is new_module
+        ):  # unload: as it was; PEFT looks for a `weight` to hand over
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _create_and_replace(
         self,
         peft_config: IdLoraConfig,
@@ -134,7 +147,7 @@ class IdLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, wanted)
             layer = target
         else:
-            layer = Linear(target, adapter_name, peft_config, wanted)
+            layer = Linear(target, adapter_name, peft_config, wanted, get_quantization_kwargs(self.model))
             layer.name = current_key
             self._replace_module(parent, target_name, layer, target)
         self._new.append((current_key, layer))
@@ -142,7 +155,7 @@ class IdLoraModel(BaseTuner):
     def _report(self, config: IdLoraConfig, adapter_name: str) -> None:
         if self._unsupported:
             raise ValueError(
-                "ID-LoRA adapts nn.Linear and Conv1D layers. These targets cannot be adapted: "
+                "ID-LoRA adapts linear layers: nn.Linear, Conv1D and quantised ones. These targets cannot be adapted: "
                 + ", ".join(name + reason for reason, keys in self._unsupported.items() for name in brief(keys))
                 + ". Leave them out with exclude_modules, or choose others with target_modules."
             )
@@ -156,7 +169,7 @@ class IdLoraModel(BaseTuner):
         warnings.warn(f"{message}; they get the largest rank that fits: {names}", stacklevel=2)
 
     def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
-        layers = [(name, layer) for name, layer in self._new if not layer.weight.is_meta]
+        layers = [(name, layer) for name, layer in self._new if not stored(layer.get_base_layer()).is_meta]
         bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if self._progress else True)
         for name, layer in bar:
             bar.set_postfix_str(name, refresh=False)
@@ -246,7 +259,7 @@ def _unsupported(target: nn.Module, parent: nn.Module) -> str | None:
         return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights without calling it"
-    if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
+    if not isinstance(target, IdLoraLayer) and not is_linear(target):
         return type(target).__qualname__
     return None
 
