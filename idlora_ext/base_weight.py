@@ -24,6 +24,8 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import integration
+
 _CHUNK = 256  # columns of W read through a layer at a time
 
 
@@ -69,9 +71,10 @@ def base_weight(layer: nn.Module, backend: QuantizationBackend | None) -> Tensor
         return torch.empty(d, d_in, device="meta", dtype=parameter_dtype(layer))
     if not is_quantised(layer, backend):
         return weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
-    if backend is not None and not isinstance(backend, ForwardOnlyQuantizationBackend):
+    readable = backend is not None and not isinstance(backend, ForwardOnlyQuantizationBackend)
+    if readable and not integration.packed_for_inference(layer):
         try:
-            return backend.get_base_weight(layer)
+            return backend.get_base_weight(layer)  # type: ignore[union-attr]
         except NotImplementedError:  # a kind of torchao tensor that cannot be dequantised
             pass
     return read_through(layer)

@@ -228,3 +228,22 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
     }
     if missed:
         config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | missed
+
+
+def packed_for_inference(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has rearranged the 4-bit weights of a layer.
+
+    It does so on CPUs with AVX512-BF16, in the first evaluation without gradients. Its own dequantisation then returns
+    something else without an error, and no gradient passes. Relies on its flag in ``quant_state``.
+    """
+    return getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
+
+
+def refuse_training_through_packed(name: str, layer: nn.Module) -> None:
+    """Refuse to train on above a layer through which bitsandbytes would silently pass no gradient."""
+    if packed_for_inference(layer):
+        raise ValueError(
+            f"layer {name!r}: bitsandbytes has packed its 4-bit weights for inference on this CPU, in an evaluation "
+            "without gradients, and passes no gradient through them. Set support_avx512bf16_for_cpu = False on every "
+            "bitsandbytes Linear4bit of a freshly loaded model before its first evaluation."
+        )

@@ -178,6 +178,8 @@ class Linear(nn.Module, IdLoraLayer):
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
         if self.mixed_batch is not None:
             return self.mixed_batch.forward(self, h, *args, **kwargs)
+        if self.training and h.requires_grad:
+            integration.refuse_training_through_packed(self.name, self.base_layer)
         adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
