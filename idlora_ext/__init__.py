@@ -10,6 +10,7 @@ from . import integration, native, ops, profiling
 from .checkpoint import load, save
 from .config import IdLoraConfig
 from .layer_summary import Summary, summary
+from .mixed_batches import adapter_names
 from .model import IdLoraModel
 from .patching import apply
 from .restore import remove
@@ -20,6 +21,7 @@ __all__ = [
     "IdLoraModel",
     "Summary",
     "__version__",
+    "adapter_names",
     "apply",
     "load",
     "native",
@@ -32,3 +34,4 @@ __all__ = [
 
 integration.teach_trainer()
 integration.teach_accelerate()
+integration.teach_peft_model()

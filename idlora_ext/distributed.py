@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
+from .base_weight import stored
 
 if TYPE_CHECKING:
     from .layer import IdLoraLayer
@@ -142,7 +143,7 @@ def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Cho
             owners = [r for r in range(world) if present[r].get(name)]
             own = bool(owners) and owners[i % len(owners)] == rank
             try:
-                if own or is_sharded(layer.get_base_layer().weight):
+                if own or is_sharded(stored(layer.get_base_layer())):
                     weight = layer.get_base_weight()
                     mine += [(name, layer, weight)] if own else []
             except Exception as caught:
@@ -174,7 +175,7 @@ def _raise_first(everyone: list[tuple[Any, str | None]], own: Exception | None) 
 
 def _known(layer: IdLoraLayer, adapter: str) -> tuple[int, ...] | None:
     """What layer this is, or None if its weight is on the meta device."""
-    return None if layer.weight.is_meta else tuple(layer.idlora_fingerprint[adapter].tolist())
+    return None if stored(layer.get_base_layer()).is_meta else tuple(layer.idlora_fingerprint[adapter].tolist())
 
 
 def _tensors(layer: IdLoraLayer, adapter: str) -> list[Tensor]:
@@ -183,8 +184,8 @@ def _tensors(layer: IdLoraLayer, adapter: str) -> list[Tensor]:
 
 
 def _receive(layer: IdLoraLayer, adapter: str, index: Tensor, router: Tensor, fingerprint: Tensor) -> None:
-    base: Any = layer.get_base_layer()
-    device = "cpu" if base.weight.is_meta else base.weight.device
+    weight = stored(layer.get_base_layer())
+    device = "cpu" if weight.is_meta else weight.device
     layer.idlora_index[adapter] = index.to(device)
     layer.idlora_fingerprint[adapter] = fingerprint.to(device)
     if layer.idlora_B[adapter].is_meta:

@@ -5,16 +5,22 @@ Tested with PEFT 0.21 and transformers 5.23. Each function says what it relies o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from peft import PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
+    from .mixed_batches import MixedBatch
     from .restore import ModelState
 
 
@@ -156,3 +162,133 @@ def teach_accelerate() -> None:
 
     load._idlora = True  # type: ignore[attr-defined]
     fsdp_utils.fsdp2_load_full_state_dict = load
+
+
+def repeated_rows(arguments: dict[str, Any]) -> int:
+    """How often ``generate``, called with these arguments, repeats every row of its batch: for beams and samples.
+
+    As ``GenerationMixin.generate`` has it. PEFT looks at the argument ``num_beams`` alone.
+    """
+    config = arguments.get("generation_config")
+    given = (arguments.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+    return max(given)
+
+
+@contextlib.contextmanager
+def mixed_saved_modules(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
+    """Have modules that are trained in full (``modules_to_save``) run every row with the copy of its adapter.
+
+    Relies on ``AuxiliaryTrainingWrapper.forward`` taking ``adapter_names``, which PEFT's LoRA hands it by the same kind
+    of hook. It ignores them if the active adapter has no copy of this module: hence no active adapter for the time.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    active = [wrapper._active_adapter for wrapper in wrappers]
+
+    def hand_over(wrapper: Any, args: Any, kwargs: Any) -> Any:
+        names = [name if name in wrapper._adapters else "__base__" for name in batch.of(args[0]).names]
+        return args, kwargs | {"adapter_names": names}
+
+    handles = [wrapper.register_forward_pre_hook(hand_over, with_kwargs=True) for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper._active_adapter = []
+        yield
+    finally:
+        for handle, wrapper, previous in zip(handles, wrappers, active, strict=True):
+            handle.remove()
+            wrapper._active_adapter = previous
+
+
+def _no_such_keyword(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise TypeError(
+            f"{type(model).__name__} has no argument adapter_names, and might ignore it. "
+            "Use `with idlora_ext.adapter_names(model, [...]): model(...)`, or wrap the model with get_peft_model."
+        )
+
+
+def refuse_adapter_names(model: nn.Module) -> None:
+    """Have an adapted model that is not in a ``PeftModel`` refuse ``adapter_names``: transformers models that take
+    ``**kwargs`` would ignore it. ``generate`` refuses keywords it does not know by itself.
+    """
+    allow_adapter_names(model)
+    model.register_forward_pre_hook(_no_such_keyword, with_kwargs=True)
+
+
+def allow_adapter_names(model: nn.Module) -> None:
+    """Take the hook of :func:`refuse_adapter_names` off again. Relies on how torch keeps hooks."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _no_such_keyword]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def teach_peft_model() -> None:
+    """Let ``PeftModel`` refuse ``adapter_names`` while its adapters are disabled.
+
+    ``PeftModel._enable_peft_forward_hooks`` does not ask the tuner then: all rows would silently get the base model.
+    """
+    from .model import IdLoraModel
+
+    original = PeftModel._enable_peft_forward_hooks
+    if hasattr(original, "_idlora"):
+        return
+
+    @functools.wraps(original)
+    def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, IdLoraModel) and kwargs.get("adapter_names") is not None:
+            return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    enable._idlora = True  # type: ignore[attr-defined]
+    PeftModel._enable_peft_forward_hooks = enable
+
+
+def quantization_backend(base_layer: nn.Module, arguments: dict[str, Any]) -> QuantizationBackend | None:
+    """PEFT's object for reading and writing the weights of a quantised layer, None for any other layer.
+
+    For torchao, PEFT insists on knowing how to quantise again, which only a model from transformers' quantiser can
+    tell (``get_quantization_kwargs``), and which is needed for nothing but merging.
+    """
+
+    def unknown() -> Any:
+        raise ValueError("merging into torchao weights needs a model that transformers has quantised (TorchAoConfig)")
+
+    return resolve_quantization_backend(base_layer, **({"get_apply_tensor_subclass": unknown} | arguments))
+
+
+def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
+    """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen.
+
+    Relies on PEFT's ``_maybe_include_all_linear_layers`` writing names into ``target_modules``, and leaving alone what
+    is resolved already. The head and what lies inside adapted layers stay out, as there.
+    """
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return
+    inside = {m for layer in model.modules() if isinstance(layer, BaseTunerLayer) for m in layer.modules()}
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    missed = {
+        name
+        for name, m in model.named_modules()
+        if is_linear(m) and not isinstance(m, (nn.Linear, Conv1D)) and m not in inside and m is not head
+    }
+    if missed:
+        config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | missed
+
+
+def packed_for_inference(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has rearranged the 4-bit weights of a layer.
+
+    It does so on CPUs with AVX512-BF16, in the first evaluation without gradients. Its own dequantisation then returns
+    something else without an error, and no gradient passes. Relies on its flag in ``quant_state``.
+    """
+    return getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
+
+
+def refuse_training_through_packed(name: str, layer: nn.Module) -> None:
+    """Refuse to train on above a layer through which bitsandbytes would silently pass no gradient."""
+    if packed_for_inference(layer):
+        raise ValueError(
+            f"layer {name!r}: bitsandbytes has packed its 4-bit weights for inference on this CPU, in an evaluation "
+            "without gradients, and passes no gradient through them. Set support_avx512bf16_for_cpu = False on every "
+            "bitsandbytes Linear4bit of a freshly loaded model before its first evaluation."
+        )

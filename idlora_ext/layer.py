@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import distributed, ops, profiling
+from . import distributed, integration, ops, profiling
+from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtype, stored
 from .clustering import select_rows
 from .config import IdLoraConfig
 from .experts import ExpertLinear
+from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from .mixed_batches import MixedBatch
 
 
 def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
@@ -46,8 +52,9 @@ class IdLoraLayer(BaseTunerLayer):
     name = "?"  # until the tuner gives it one
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
+    mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         self.base_layer = base_layer
         self.idlora_index = BufferDict(persistent=True)
         self.idlora_router = nn.ParameterDict()
@@ -59,13 +66,14 @@ class IdLoraLayer(BaseTunerLayer):
         self.pending: set[str] = set()  # adapters whose tensors are still to come from a file
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        base = self.get_base_layer()
+        self.in_features, self.out_features = linear_shape(base)
+        self.quantization_backend = integration.quantization_backend(base, quantization or {})
 
     def get_base_weight(self) -> Tensor:
         """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them."""
-        base: Any = self.get_base_layer()
-        weight = distributed.whole(base.weight, super().get_base_weight)
-        weight = weight.t() if isinstance(base, Conv1D) else weight
+        base = self.get_base_layer()
+        weight = distributed.whole(stored(base), lambda: base_weight(base, self.quantization_backend))
         expected = (self.out_features, self.in_features)
         if weight.shape != expected:
             raise ValueError(f"its weight must have shape {list(expected)} to be read, got {list(weight.shape)}")
@@ -76,11 +84,13 @@ class IdLoraLayer(BaseTunerLayer):
         r = fit_rank(self.out_features, config.num_clusters, wanted_rank, config.rank_boost)
         k, s, d = config.num_clusters, config.rank_boost, self.out_features
         base = self.get_base_layer()
-        device = base.weight.device
-        dtype = base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32
-        fixed = {"device": device, "dtype": torch.int32}
+        device, dtype = stored(base).device, parameter_dtype(base)
+        fixed: dict[str, Any] = {"device": device, "dtype": torch.int32}
         self.idlora_index[adapter_name] = torch.full((k, r), -1, **fixed)
-        self.idlora_fingerprint[adapter_name] = fingerprint(self.get_base_weight(), base.weight.dtype).to(device)
+        self.idlora_fingerprint[adapter_name] = torch.zeros(FINGERPRINT_SIZE, **fixed)
+        # Else with the rows, so that W is dequantised only once. Ranks that share out the rows compare it before.
+        if config.index_stored or stored(base).is_meta or distributed.world_size() > 1:
+            self._take_fingerprint(adapter_name, self.get_base_weight())
         router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
         self.idlora_router[adapter_name] = nn.Parameter(router)
         self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
@@ -101,9 +111,16 @@ class IdLoraLayer(BaseTunerLayer):
         k, r = index.shape
         seed = zlib.crc32(name.encode(), config.seed)
         weight = self.get_base_weight() if weight is None else weight
+        self._take_fingerprint(adapter_name, weight)
         self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
         start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
         self.pending.discard(adapter_name)
+
+    def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
+        base = self.get_base_layer()
+        dtype = torch.uint8 if is_quantised(base, self.quantization_backend) else stored(base).dtype
+        device = self.idlora_index[adapter_name].device
+        self.idlora_fingerprint[adapter_name] = fingerprint(weight, dtype).to(device)
 
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
         """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
@@ -119,9 +136,22 @@ class IdLoraLayer(BaseTunerLayer):
         """
         bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
         if bias is None or args or kwargs or not is_plain(self.base_layer):
-            return self.base_layer(h, *args, **kwargs), bias, bias is not None
+            y0 = self.base_layer(h, *args, **kwargs)
+            return y0, _beside(bias, y0), bias is not None
         weight: Any = self.base_layer.weight
-        return F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight), bias, False
+        y0 = F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight)
+        return y0, _beside(bias, y0), False
+
+    def refuse_pending(self, adapters: Iterable[str]) -> None:
+        """Refuse to run adapters without rows."""
+        for adapter in adapters:
+            if adapter in self.pending and not self.idlora_index[adapter].is_meta:
+                raise ValueError(
+                    f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
+                    "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
+                    "idlora_ext.load), remove the adapter (idlora_ext.remove), or set config.index_stored = False to "
+                    "choose rows for this model."
+                )
 
     def _columns(self, y0: Tensor) -> distributed.Columns | None:
         """Of a column-parallel layer those that ``y0`` has, None for any other: its output is whole."""
@@ -147,34 +177,39 @@ MERGE_REFUSED = (
 
 
 class Linear(nn.Module, IdLoraLayer):
-    """``y = h W^T + b + scaling * concat_j(B z^(j))`` for ``nn.Linear`` and transformers' ``Conv1D``."""
+    """``y = h W^T + b + scaling * concat_j(B z^(j))`` for whatever returns ``h W^T + b``."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: IdLoraConfig,
+        wanted_rank: int,
+        quantization: dict[str, Any] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
-        IdLoraLayer.__init__(self, base_layer)
+        IdLoraLayer.__init__(self, base_layer, quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, wanted_rank)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
+        if self.mixed_batch is not None:
+            return self.mixed_batch.forward(self, h, *args, **kwargs)
+        if self.training and h.requires_grad:
+            integration.refuse_training_through_packed(self.name, self.base_layer)
         adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
-        for adapter in adapters:
-            if adapter in self.pending and not self.idlora_index[adapter].is_meta:
-                raise ValueError(
-                    f"adapter {adapter!r} was made from a saved configuration (index_stored=True), but its tensors "
-                    "were never loaded. Load its file (PeftModel.from_pretrained, model.load_adapter, "
-                    "idlora_ext.load), remove the adapter (idlora_ext.remove), or set config.index_stored = False to "
-                    "choose rows for this model."
-                )
+        self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
-        if bias is not None and bias.dtype not in (y0.dtype, torch.float32):
-            bias = bias.to(y0.dtype)
-        with profiling.layer(self.name):
-            return self._adapt(adapters, y0, bias, bias_in_y0)
+        return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        with profiling.layer(self.name):
+            return self._epilogue(adapters, y0, bias, bias_in_y0)
+
+    def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
         if columns is None and len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
             index, router, B = self._tensors(adapters[0], y0.dtype)
@@ -199,9 +234,9 @@ class Linear(nn.Module, IdLoraLayer):
         return "idlora." + super().__repr__()
 
 
-def linear_shape(layer: Any) -> tuple[int, int]:
-    """``(d_in, d)`` of a supported layer."""
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+def _beside(bias: Tensor | None, y0: Tensor) -> Tensor | None:
+    """The bias in a dtype that the operators take beside ``y0``: its own, or float32."""
+    return bias if bias is None or bias.dtype in (y0.dtype, torch.float32) else bias.to(y0.dtype)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from . import distributed, integration
+from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
-from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank, linear_shape
+from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank
+from .mixed_batches import adapter_names
 from .restore import ModelState, remember_trainable
 
 
@@ -91,6 +94,7 @@ class IdLoraModel(BaseTuner):
                 self._names.setdefault(id(module), []).append(name)
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                integration.refuse_adapter_names(model)
                 fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
                 self._report(config, adapter_name)
             except Exception as error:
@@ -111,9 +115,11 @@ class IdLoraModel(BaseTuner):
         del self._new, self._unsupported, self._shrunk, self._names
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Open the fused experts that are targeted: PEFT calls this before it lists the modules of the model.
+        """Open the fused experts that are targeted, and have "all-linear" mean quantised layers too.
 
-        What looks like fused linear layers, is targeted and cannot be opened is an error: never silently left frozen.
+        PEFT calls this before it resolves "all-linear", to ``nn.Linear`` and ``Conv1D`` only, and lists the modules of
+        the model. What looks like fused linear layers, is targeted and cannot be opened is an error: never silently
+        left frozen.
         """
         unsupported = []
         for name, module in list(model.named_modules()):
@@ -135,6 +141,7 @@ class IdLoraModel(BaseTuner):
                 + ", ".join(brief(unsupported))
                 + ". To leave them frozen, name their modules in exclude_modules, or other layers in target_modules."
             )
+        integration.include_quantised_linears(peft_config, model, is_linear)
 
     def _targets_experts(self, config: PeftConfig, module: str, parameter: str, count: int) -> bool:
         def asks(name: str) -> list[Any]:
@@ -185,13 +192,13 @@ class IdLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, wanted)
             layer = target
         else:
-            layer = Linear(target, adapter_name, peft_config, wanted)
+            layer = Linear(target, adapter_name, peft_config, wanted, get_quantization_kwargs(self.model))
             layer.name = current_key
             self._replace_module(parent, target_name, layer, target)
         self._new.append((current_key, layer))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, UnfusedExperts):  # unload: the original has no `weight` that PEFT could hand over
+        if getattr(child, "base_layer", None) is new_module:  # unload: as it was, though it may have no `weight`
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -199,7 +206,7 @@ class IdLoraModel(BaseTuner):
     def _report(self, config: IdLoraConfig, adapter_name: str) -> None:
         if self._unsupported:
             raise ValueError(
-                "ID-LoRA adapts nn.Linear and Conv1D layers. These targets cannot be adapted: "
+                "ID-LoRA adapts linear layers: nn.Linear, Conv1D and quantised ones. These targets cannot be adapted: "
                 + ", ".join(name + reason for reason, keys in self._unsupported.items() for name in brief(keys))
                 + ". Leave them out with exclude_modules, or choose others with target_modules."
             )
@@ -214,7 +221,7 @@ class IdLoraModel(BaseTuner):
 
     def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
         several = distributed.world_size() > 1
-        layers = [(name, layer) for name, layer in self._new if several or not layer.weight.is_meta]
+        layers = [(name, layer) for name, layer in self._new if several or not stored(layer.get_base_layer()).is_meta]
         bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if self._progress else True)
 
         def choose(name: str, layer: IdLoraLayer, weight: Tensor | None = None) -> None:
@@ -241,6 +248,21 @@ class IdLoraModel(BaseTuner):
             suffix = dataclasses.replace(peft_config, target_modules={key.rpartition(".")[2]})
             return check_target_module_exists(suffix, key)
         return found
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around ``forward`` and ``generate`` with their arguments: here for ``adapter_names``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with adapter_names(self.model, names, num_beams=integration.repeated_rows(kwargs)):
+            yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        integration.allow_adapter_names(model)
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
@@ -313,7 +335,7 @@ def _unsupported(target: nn.Module, parent: nn.Module, dropout: float) -> str | 
         return "nn.MultiheadAttention reads its weights without calling it"
     if isinstance(target, UnfusedExperts):
         return f"{type(target.base_layer).__qualname__}: name its parameters, such as down_proj, instead"
-    if not isinstance(target, (nn.Linear, Conv1D, IdLoraLayer)):
+    if not isinstance(target, IdLoraLayer) and not is_linear(target):
         return type(target).__qualname__
     return distributed.unsupported(target.get_base_layer() if isinstance(target, IdLoraLayer) else target, dropout)
 

@@ -42,6 +42,8 @@ class ModelState:
         for parent, name, child in self.children:
             if parent._modules.get(name) is not child:
                 setattr(parent, name, child)
+        if not self.adapters:
+            integration.allow_adapter_names(self.model)
         for name in _ATTRIBUTES:
             vars(self.model).pop(name, None)
         vars(self.model).update(self.attributes)
@@ -105,6 +107,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
             setattr(base.get_submodule(parent), child, original)
     fuse(base)
     if not configs:
+        integration.allow_adapter_names(base)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
         trainable = set(vars(base).pop(_TRAINABLE, ()))
