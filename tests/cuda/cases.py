@@ -31,6 +31,7 @@ ALIGNED = [
 ODD = [(1032, 4, 24, 2), (7, 1, 7, 1), (30, 5, 6, 3), (33, 16, 2, 1), (260, 4, 36, 2), (11, 11, 1, 1), (516, 2, 200, 4)]
 LARGE = [((4096, 4, 128, 2), 5), ((4096, 4, 128, 2), 37), ((14336, 4, 128, 2), 1), ((14336, 4, 128, 2), 16)]
 TOKENS = (0, 1, 5, 16, 37, 64, 65)
+MANY = 8 * 132 * 32 + 5  # more tiles of tokens than the first launch of adapt_backward has blocks, on all devices
 
 TENSOR_DTYPES = ("bfloat16", "float16")
 TENSOR_VARIANTS = {"shared_gemm": ("prefill",), "adapt": ("prefill", "decode"), "adapt_backward": ("prefill",)}
@@ -154,6 +155,7 @@ def _cases() -> Iterator[Case]:
                 yield case(op, variant, dtype, shape, N, choose(("contiguous", "strided")))
         for shape, N in LARGE:
             yield case(op, "automatic", dtype, shape, N, "contiguous")
+    yield case("adapt_backward", "prefill", "bfloat16", (64, 4, 16, 2), MANY, "contiguous")
     for op, variants in TENSOR_VARIANTS.items():
         for variant in (*variants, "plain"):
             if op != "shared_gemm":
