@@ -35,7 +35,7 @@ def main() -> None:
             return model.eval()(input_ids=held_out, labels=held_out).loss.item()
 
     before = evaluate(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     for ids in training:
         loss = model.train()(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -46,6 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         idlora_ext.save(model, directory)
         again = evaluate(idlora_ext.load(load_base(), directory))
+    assert after < before
+    assert abs(again - after) < 1e-4
     print(f"held-out loss: {before:.3f} before, {after:.3f} after 6 steps, {again:.3f} saved and loaded")
 
 

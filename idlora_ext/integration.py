@@ -275,6 +275,13 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
         config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | missed
 
 
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Entries of a parameter; of bitsandbytes' packed 4-bit weights two in a byte, as PEFT counts."""
+    if type(parameter).__name__ != "Params4bit":
+        return parameter.numel()
+    return parameter.numel() * parameter.itemsize * 2
+
+
 def packed_for_inference(layer: nn.Module) -> bool:
     """Whether bitsandbytes has rearranged the 4-bit weights of a layer.
 

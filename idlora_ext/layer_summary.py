@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from . import integration
 from .layer import IdLoraLayer
 
 
@@ -115,4 +116,4 @@ def summary(model: nn.Module, adapter_name: str = "default") -> Summary:
         )
     adapters = {id(p) for layer in layers.values() for p in (*layer.idlora_B.values(), *layer.idlora_router.values())}
     other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in adapters)
-    return Summary(adapter_name, rows, other, sum(p.numel() for p in model.parameters()))
+    return Summary(adapter_name, rows, other, sum(map(integration.parameter_count, model.parameters())))

@@ -260,6 +260,13 @@ def test_what_is_no_linear_layer_is_still_refused():
         idlora_ext.apply(model, target_modules=["0"], **FIELDS)
 
 
+def test_summary_counts_what_packed_weights_stand_for(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = idlora_ext.apply(QUANTISERS["bitsandbytes-4"][1](original(), tmp_path), **FIELDS)
+    expected = idlora_ext.summary(idlora_ext.apply(original(), **FIELDS))
+    assert idlora_ext.summary(model).total_parameters == expected.total_parameters
+
+
 def test_weights_packed_for_inference(tmp_path):
     """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in the first evaluation: read right, and not trained."""
     bnb = pytest.importorskip("bitsandbytes")
