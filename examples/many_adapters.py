@@ -33,7 +33,10 @@ def main() -> None:
     for name in TEXTS:
         model.set_adapter(name)
         assert losses(f"adapter {name}")[name] < base[name]
-    # A batch with an adapter for each row comes here: model(**batch, adapter_names=[...]).
+    model.eval()
+    rows = tokens["count"][:, :4].expand(3, -1)
+    with torch.no_grad(), idlora_ext.adapter_names(model, ["spell", "__base__", "count"]):  # one batch, row by row
+        print("one batch, three rows   ", model(input_ids=rows).logits[:, -1].argmax(-1).tolist())
     model.set_adapter(list(TEXTS))  # both updates, each computed from the base layer's output
     both = losses("both, summed")
     model.disable_adapters()
