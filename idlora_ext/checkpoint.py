@@ -54,7 +54,7 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
     }
     found: dict[str, dict[str, Tensor]] = {}
     unexpected = []
-    known = {name.removeprefix(_PREFIX) for name in model.state_dict()}
+    known = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in model.state_dict().items()}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         layer, _, tensor_name = name.rpartition(".")
@@ -62,6 +62,8 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
             found.setdefault(layer, {})[tensor_name] = tensor
         elif name not in known and not _belongs_to_saved_module(model, name):
             unexpected.append(key)
+        elif name in known and tensor.shape != known[name]:  # such as an embedding that was resized
+            raise ValueError(f"{name}: the file has shape {list(tensor.shape)}, the model {list(known[name])}")
     missing = [f"{layer}.{t}" for layer in layers for t in TENSORS if t not in found.get(layer, {})]
     if missing:
         raise ValueError(f"the adapter's file lacks {len(missing)} tensors that the model needs: {_some(missing)}")

@@ -257,7 +257,8 @@ def quantization_backend(base_layer: nn.Module, arguments: dict[str, Any]) -> Qu
 
 
 def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
-    """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen.
+    """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen, and
+    without the copies of modules that another adapter trains in full (``modules_to_save``), which PEFT takes in.
 
     Relies on PEFT's ``_maybe_include_all_linear_layers`` writing names into ``target_modules``, and leaving alone what
     is resolved already. The head and what lies inside adapted layers stay out, as there.
@@ -271,8 +272,10 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
         for name, m in model.named_modules()
         if is_linear(m) and not isinstance(m, (nn.Linear, Conv1D)) and m not in inside and m is not head
     }
-    if missed:
-        config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | missed
+    wrapped = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    if missed or wrapped:
+        found = _maybe_include_all_linear_layers(config, model).target_modules | missed
+        config.target_modules = {n for n in found if not any(n.startswith(f"{path}.") for path in wrapped)}
 
 
 def parameter_count(parameter: nn.Parameter) -> int:

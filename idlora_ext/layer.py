@@ -47,7 +47,14 @@ class IdLoraLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("idlora_router", "idlora_B")
-    other_param_names = ("idlora_index", "idlora_fingerprint", "scaling", "dropout", "wanted_rank")
+    other_param_names = (
+        "idlora_index",
+        "idlora_fingerprint",
+        "scaling",
+        "configured_scaling",
+        "dropout",
+        "wanted_rank",
+    )
 
     name = "?"  # until the tuner gives it one
     base_layer: nn.Module
@@ -61,6 +68,7 @@ class IdLoraLayer(BaseTunerLayer):
         self.idlora_B = nn.ParameterDict()
         self.idlora_fingerprint = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
+        self.configured_scaling: dict[str, float] = {}  # what set_scale multiplies and unscale_layer returns to
         self.dropout: dict[str, float] = {}
         self.wanted_rank: dict[str, int] = {}
         self.pending: set[str] = set()  # adapters whose tensors are still to come from a file
@@ -94,7 +102,7 @@ class IdLoraLayer(BaseTunerLayer):
         router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
         self.idlora_router[adapter_name] = nn.Parameter(router)
         self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
-        self.scaling[adapter_name] = config.scaling
+        self.scaling[adapter_name] = self.configured_scaling[adapter_name] = config.scaling
         self.dropout[adapter_name] = config.dropout
         self.wanted_rank[adapter_name] = wanted_rank
         self.pending.add(adapter_name)
@@ -163,6 +171,24 @@ class IdLoraLayer(BaseTunerLayer):
         columns = self._columns(y0)
         return ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """``scaling = scale * config.scaling`` for one adapter; nothing if the layer does not have it. As LoRA's."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.configured_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for adapter in self._active_here():
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; with None return to the configured one."""
+        for adapter in self._active_here():
+            self.scaling[adapter] = self.configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+
+    def _active_here(self) -> list[str]:
+        return [adapter for adapter in self.active_adapters if adapter in self.idlora_B]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)
 
@@ -198,7 +224,7 @@ class Linear(nn.Module, IdLoraLayer):
             return self.mixed_batch.forward(self, h, *args, **kwargs)
         if self.training and h.requires_grad:
             integration.refuse_training_through_packed(self.name, self.base_layer)
-        adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
+        adapters = [] if self.disable_adapters else self._active_here()
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
         self.refuse_pending(adapters)
@@ -255,7 +281,7 @@ def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int) -> No
     starts at about ``1 / sqrt(k)``, and the first gradient of ``B`` is about that of a product with one ``A_i h``.
     Other starts were tried on real activations, see docs/router_start.md.
     """
-    if weight.is_meta:
+    if weight.is_meta or router.is_meta:  # PEFT's low_cpu_mem_usage: only the router is to come from a file
         return
     k, r = index.shape
     norms = weight[index.flatten().long()].float().norm(dim=1).view(k, r)

@@ -264,6 +264,13 @@ class IdLoraModel(BaseTuner):
         integration.allow_adapter_names(model)
         return model
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            "ID-LoRA has no add_weighted_adapter: adapters have rows and a router of their own, and the sum of two has "
+            "no such form. Activate both, which sums them: model.base_model.set_adapter([name, other]); "
+            "their weights are set_scale(name, weight) on every layer."
+        )
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
 

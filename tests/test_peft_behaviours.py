@@ -1,0 +1,544 @@
+"""What PEFT does with any of its tuners, done with ours: rows of models x behaviours, as in PEFT's own tests.
+
+Where PEFT decides (unknown names, what is left after `unload`), its LoRA on the same model says what is expected.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from conftest import (
+    FIELDS,
+    inputs,
+    layers_of,
+    modules_of,
+    randomize_adapter,
+    state_of,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+import idlora_ext
+from idlora_ext import IdLoraConfig
+
+
+class MLP(nn.Module):
+    """Not a transformers model: biases, no configuration, one positional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1, self.head = nn.Linear(20, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.lin1(torch.relu(self.lin0(X)))))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP().eval()
+
+
+class Row(NamedTuple):
+    make: Any
+    head: str  # trained in full where a test asks for modules_to_save
+    layer: str  # one adapted layer
+    one: str  # a target, and another one that shares no layer with it
+    other: str
+
+
+ROWS = {
+    "llama": Row(tiny_llama, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj"),
+    "gpt2": Row(tiny_gpt2, "ln_f", "transformer.h.0.attn.c_attn", "c_attn", "c_fc"),
+    "bert": Row(tiny_bert, "classifier", "bert.encoder.layer.0.attention.self.query", "query", "intermediate.dense"),
+    "mlp": Row(mlp, "head", "lin0", "lin0", "lin1"),
+}
+
+
+@pytest.fixture(params=ROWS)
+def row(request: pytest.FixtureRequest) -> Row:
+    return ROWS[request.param]
+
+
+def settings(row: Row, **fields: Any) -> IdLoraConfig:
+    exclude = {} if row.head in ("lm_head", "ln_f") else {"exclude_modules": [row.head]}
+    return IdLoraConfig(**(FIELDS | exclude | fields))
+
+
+def adapted(row: Row, adapter_name: str = "default", seed: int = 1, **fields: Any) -> PeftModel:
+    model = get_peft_model(row.make(), settings(row, **fields), adapter_name=adapter_name).eval()
+    return randomize_adapter(model, adapter_name, seed=seed)
+
+
+def add(model: PeftModel, row: Row, adapter_name: str, seed: int, **fields: Any) -> None:
+    model.add_adapter(adapter_name, settings(row, **fields))
+    randomize_adapter(model, adapter_name, seed=seed)
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.no_grad():
+        if isinstance(base, MLP):
+            return model(torch.randn(5, 20, generator=torch.Generator().manual_seed(0)))
+        return model(**inputs()).logits
+
+
+def names_of(model: nn.Module, adapter_name: str) -> list[str]:
+    return [name for name in model.state_dict() if adapter_name in name.split(".")]
+
+
+# Several adapters.
+
+
+def test_adapters_are_added_switched_summed_and_deleted(row):
+    base = output(row.make())
+    model = adapted(row, "red")
+    only_a = output(model)
+    add(model, row, "blue", seed=2, shared_router=False)
+    assert torch.equal(output(model), only_a)  # PEFT: an added adapter is not active
+    model.set_adapter("blue")
+    only_b = output(model)
+    assert not torch.equal(only_a, only_b)
+
+    model.base_model.set_adapter(["red", "blue"])
+    assert model.active_adapters == ["red", "blue"]
+    layer = layers_of(model)[row.layer]
+    h = torch.randn(3, layer.in_features)
+    both, updates = layer(h), []
+    for name in ("red", "blue"):
+        layer.set_adapter(name)
+        updates.append(layer(h) - layer.base_layer(h))
+    torch.testing.assert_close(both, layer.base_layer(h) + updates[0] + updates[1])
+
+    model.set_adapter("blue")
+    with pytest.warns(UserWarning, match="Adapter blue was active which is now deleted. Setting active adapter to red"):
+        model.delete_adapter("blue")
+    assert model.active_adapters == ["red"]
+    assert list(model.peft_config) == ["red"]
+    assert not names_of(model, "blue")
+    assert torch.equal(output(model), only_a)
+    add(model, row, "blue", seed=2, shared_router=False)  # the name is free again
+    model.set_adapter("blue")
+    assert torch.equal(output(model), only_b)
+    model.delete_adapter("red")
+    inside = model.get_base_model()
+    model.delete_adapter("blue")  # PEFT's own object has nothing to ask any more, its LoRA's neither
+    assert torch.equal(output(inside), base)
+
+
+def test_selected_adapters_are_saved_each_in_its_directory(row, tmp_path):
+    model = adapted(row, "red")
+    add(model, row, "blue", seed=2)
+    add(model, row, "green", seed=3)
+    model.set_adapter("green")
+    expected = output(model)
+    model.save_pretrained(tmp_path, selected_adapters=["red", "green"])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["green", "red"]
+    assert torch.equal(output(PeftModel.from_pretrained(row.make(), tmp_path / "green").eval()), expected)
+
+
+def test_disabling_several_adapters_and_saved_modules_is_bit_equal_to_the_base(row):
+    base = output(row.make())
+    model = adapted(row, "red", modules_to_save=[row.head])
+    add(model, row, "blue", seed=2)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.red" in name:
+            parameter.data += 1
+    model.base_model.set_adapter(["red", "blue"])
+    active = output(model)
+    with model.disable_adapter():
+        assert torch.equal(output(model), base)
+    assert torch.equal(output(model), active)
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(output(model), base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(output(model), active)
+
+
+def test_each_adapter_has_its_own_copy_of_a_module_to_save(row, tmp_path):
+    model = adapted(row, "red", modules_to_save=[row.head])
+    add(model, row, "blue", seed=2, modules_to_save=[row.head])
+    outputs = {}
+    for number, name in enumerate(("red", "blue"), start=1):
+        for path, parameter in model.named_parameters():
+            if f"modules_to_save.{name}" in path:
+                parameter.data *= 1 + number
+        model.set_adapter(name)
+        trainable = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any(f"modules_to_save.{name}" in path for path in trainable)
+        assert all(f".{name}" in path for path in trainable)
+        outputs[name] = output(model)
+    model.save_pretrained(tmp_path)
+    for name in ("red", "blue"):
+        assert torch.equal(output(PeftModel.from_pretrained(row.make(), tmp_path / name).eval()), outputs[name])
+
+
+# Gradients and status.
+
+
+def test_set_requires_grad(row):
+    model = adapted(row, "red")
+    add(model, row, "blue", seed=2)
+
+    def trainable() -> set[str]:
+        return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+
+    assert trainable() == {"red"}
+    model.set_requires_grad("red", requires_grad=False)
+    assert trainable() == set()
+    model.set_requires_grad(["red", "blue"])
+    assert trainable() == {"red", "blue"}
+    model.set_requires_grad("nobody")
+    assert trainable() == {"red", "blue"}
+    model.set_adapter("blue", inference_mode=True)
+    assert trainable() == set()
+
+
+def test_layer_and_model_status(row):
+    model = adapted(row, "red")
+    add(model, row, "blue", seed=2, target_modules=[row.one])
+    layers = {status.name: status for status in model.get_layer_status()}
+    assert set(layers) == {f"model.{name}" for name in layers_of(model)}
+    status = layers[f"model.{row.layer}"]
+    assert status.module_type == "idlora.Linear"
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["red"], [])
+    assert status.available_adapters == ["blue", "red"]
+    assert status.requires_grad == {"red": True, "blue": False}
+    assert status.devices == {"red": ["cpu"], "blue": ["cpu"]}
+
+    whole = model.get_model_status()
+    assert (whole.adapter_model_type, whole.peft_types) == ("IdLoraModel", {"red": "IDLORA", "blue": "IDLORA"})
+    assert whole.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert whole.total_params == sum(p.numel() for p in model.parameters())
+    assert (whole.num_adapter_layers, whole.enabled, whole.active_adapters) == (len(layers), True, ["red"])
+    assert (whole.merged_adapters, whole.available_adapters) == ([], ["blue", "red"])
+    model.base_model.disable_adapter_layers()
+    assert model.get_model_status().enabled is False
+
+
+# Taking apart and copying.
+
+
+def test_unload_leaves_the_base_model(row):
+    base = row.make()
+    before, expected = modules_of(base), output(base)
+    model = adapted(row)
+    plain = adapted(row).unload()
+    assert not layers_of(plain)
+    assert modules_of(plain).keys() == before.keys()
+    assert torch.equal(output(plain), expected)
+    assert not torch.equal(output(model), expected)
+    assert not torch.equal(output(adapted_again(plain, row)), expected)
+
+
+def adapted_again(plain: nn.Module, row: Row) -> nn.Module:
+    return randomize_adapter(get_peft_model(plain, settings(row)))
+
+
+def test_deepcopy_is_independent(row):
+    model = adapted(row)
+    expected = output(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(output(twin), expected)
+    randomize_adapter(twin, seed=5)
+    assert torch.equal(output(model), expected)
+    assert not torch.equal(output(twin), expected)
+
+
+def test_configurations_pickle_copy_and_go_through_dictionaries():
+    config = IdLoraConfig(**FIELDS, rank_pattern={"q_proj": 4}, target_modules=["q_proj"], modules_to_save=["head"])
+    for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
+        assert twin == config
+        assert type(twin) is IdLoraConfig
+        assert twin.peft_type is peft.PeftType.IDLORA
+    assert IdLoraConfig(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}).to_dict() == config.to_dict()
+
+
+def test_models_pickle(row, tmp_path):
+    model = adapted(row)
+    torch.save(model, tmp_path / "whole.pt")
+    assert torch.equal(output(torch.load(tmp_path / "whole.pt", weights_only=False)), output(model))
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_layers_to_transform_and_exclude_modules(kind):
+    row = ROWS[kind]
+    every = set(layers_of(adapted(row)))
+    second = {name for name in every if ".1." in name}
+    assert 0 < len(second) < len(every)
+    assert set(layers_of(adapted(row, layers_to_transform=[1]))) == second
+    excluded = [row.one, row.head]
+    assert set(layers_of(adapted(row, exclude_modules=excluded))) == {n for n in every if not n.endswith(row.one)}
+    pattern = rf".*{row.one}|.*{row.head}"
+    assert set(layers_of(adapted(row, exclude_modules=pattern))) == {n for n in every if not n.endswith(row.one)}
+
+
+# Saving, loading, state dictionaries.
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_from_pretrained_is_trainable_or_frozen(row, is_trainable, tmp_path):
+    model = adapted(row, modules_to_save=[row.head])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(row.make(), tmp_path, is_trainable=is_trainable)
+    assert torch.equal(output(loaded.eval()), output(model))
+    assert loaded.peft_config["default"].inference_mode is not is_trainable
+    trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trainable == ({name for name, p in model.named_parameters() if p.requires_grad} if is_trainable else set())
+
+
+def test_low_cpu_mem_usage(row, tmp_path):
+    model = adapted(row)
+    expected = output(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(row.make(), tmp_path, low_cpu_mem_usage=True).eval()), expected)
+
+    state = get_peft_model_state_dict(model)
+    empty = get_peft_model(row.make(), settings(row), low_cpu_mem_usage=True).eval()
+    assert {p.device.type for name, p in empty.named_parameters() if "idlora_" in name} == {"meta"}
+    set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True)
+    assert torch.equal(output(empty), expected)
+
+    injected = peft.inject_adapter_in_model(settings(row), row.make(), low_cpu_mem_usage=True)
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    set_peft_model_state_dict(injected, state, low_cpu_mem_usage=True)
+    assert torch.equal(output(injected.eval()), expected)
+
+    model.load_adapter(tmp_path, "again", low_cpu_mem_usage=True)
+    model.set_adapter("again")
+    assert torch.equal(output(model.eval()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_adapter_dtype(row, dtype, tmp_path):
+    def dtypes(model: nn.Module, adapter_name: str = "default") -> set[torch.dtype]:
+        return {p.dtype for name, p in model.named_parameters() if name.endswith(f".{adapter_name}")}
+
+    assert dtypes(get_peft_model(row.make().to(dtype), settings(row))) == {torch.float32}
+    model = get_peft_model(row.make().to(dtype), settings(row), autocast_adapter_dtype=False)
+    assert dtypes(model) == {dtype}
+    model.add_adapter("blue", settings(row), autocast_adapter_dtype=False)
+    assert dtypes(model, "blue") == {dtype}
+    peft.functional.cast_adapter_dtype(model, "blue", autocast_adapter_dtype=True)
+    assert (dtypes(model), dtypes(model, "blue")) == ({dtype}, {torch.float32})
+
+
+def test_state_dictionaries(row):
+    model = adapted(row, "red", modules_to_save=[row.head])
+    add(model, row, "blue", seed=2)
+    expected = output(model)
+    state = get_peft_model_state_dict(model, adapter_name="red")
+    assert not any("red" in name or "blue" in name for name in state)
+    layer = f"base_model.model.{row.layer}"
+    assert {f"{layer}.{part}" for part in ("idlora_index", "idlora_router", "idlora_B")} <= set(state)
+    assert any(f".{row.head}." in name for name in state)
+    from_state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name="red")
+    assert from_state.keys() == state.keys()
+
+    fresh = get_peft_model(row.make(), settings(row, modules_to_save=[row.head]), adapter_name="mine").eval()
+    assert not torch.equal(output(fresh), expected)
+    result = set_peft_model_state_dict(fresh, state, adapter_name="mine")
+    assert not result.unexpected_keys
+    assert torch.equal(output(fresh), expected)
+
+
+def test_peft_functional(row):
+    model = row.make()
+    base = output(model)
+    peft.functional.inject_adapter_in_model(settings(row), model, adapter_name="red")
+    peft.functional.inject_adapter_in_model(settings(row, seed=1), model, adapter_name="blue")
+    for name in ("red", "blue"):
+        randomize_adapter(model, name, seed=len(name))
+    peft.functional.set_adapter(model, "red")
+    only_a = output(model)
+    state = peft.functional.get_peft_model_state_dict(model, adapter_name="red")
+    peft.functional.set_requires_grad(model, "red", requires_grad=False)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".red"))
+    peft.functional.set_adapter(model, "blue")
+    assert not torch.equal(output(model), only_a)
+    peft.functional.set_peft_model_state_dict(model, state, adapter_name="blue")
+    assert torch.equal(output(model), only_a)
+    peft.functional.delete_adapter(model, "blue", prefix="idlora_")
+    assert not names_of(model, "blue")
+    assert torch.equal(output(model), only_a)
+    peft.functional.delete_adapter(model, "red", prefix="idlora_")
+    assert torch.equal(output(model), base)
+
+
+AUTO = {
+    "llama": (peft.AutoPeftModelForCausalLM, "CAUSAL_LM"),
+    "gpt2": (peft.AutoPeftModelForCausalLM, "CAUSAL_LM"),
+    "bert": (peft.AutoPeftModelForSequenceClassification, "SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("kind", AUTO)
+def test_auto_peft_classes(kind, tmp_path):
+    auto, task = AUTO[kind]
+    row = ROWS[kind]
+    row.make().save_pretrained(tmp_path / "base")
+    labels = {"num_labels": 3} if kind == "bert" else {}
+    base = auto._target_class.from_pretrained(tmp_path / "base", **labels)
+    for again, task_type in (
+        (auto, task),
+        (peft.AutoPeftModel, None),
+    ):  # as PEFT has it: one for each task, and for none
+        model = randomize_adapter(get_peft_model(copy.deepcopy(base), settings(row, task_type=task_type)).eval())
+        model.save_pretrained(tmp_path / str(task_type))
+        loaded = again.from_pretrained(tmp_path / str(task_type), **labels)
+        assert type(loaded) is type(model)
+        assert torch.equal(output(loaded.eval()), output(model))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_resized_embeddings(kind, tmp_path):
+    row = ROWS[kind]
+
+    def resized() -> nn.Module:
+        model = row.make()
+        torch.manual_seed(7)
+        model.resize_token_embeddings(105, mean_resizing=False)
+        return model
+
+    model = randomize_adapter(get_peft_model(resized(), settings(row)).eval())
+    model.get_base_model().get_input_embeddings().weight.data += 0.5  # only the file can bring it back
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert torch.equal(output(PeftModel.from_pretrained(resized(), tmp_path).eval()), output(model))
+
+    small = row.make()
+    before, expected = state_of(small), output(small)
+    with pytest.raises(ValueError, match=r"the file has shape \[105, 64\], the model \[101, 64\]"):
+        PeftModel.from_pretrained(small, tmp_path)
+    assert state_of(small) == before
+    assert torch.equal(output(small), expected)
+
+
+# Scales.
+
+
+def test_scales(row):
+    model = adapted(row, "red", scaling=0.5)
+    add(model, row, "blue", seed=2, target_modules=[row.one], scaling=2.0)
+    model.base_model.set_adapter(["red", "blue"])
+    expected, layers = output(model), layers_of(model).values()
+
+    def scalings(name: str) -> set[float]:
+        return {layer.scaling[name] for layer in layers if name in layer.scaling}
+
+    def each(method: str, *arguments: Any) -> tuple[set[float], set[float]]:
+        for layer in layers:
+            getattr(layer, method)(*arguments)
+        return scalings("red"), scalings("blue")
+
+    assert each("scale_layer", 3) == ({1.5}, {6.0})
+    assert not torch.equal(output(model), expected)
+    assert each("unscale_layer", 6) == ({0.25}, {1.0})
+    assert each("unscale_layer") == ({0.5}, {2.0})
+    assert torch.equal(output(model), expected)
+    assert each("set_scale", "red", 0) == ({0.0}, {2.0})
+    assert each("set_scale", "red", 4) == ({2.0}, {2.0})  # a factor on the configured scale
+    assert each("set_scale", "nobody", 4) == ({2.0}, {2.0})
+    model.set_adapter("blue")
+    assert each("scale_layer", 2) == ({2.0}, {4.0})  # the active adapters only
+    model.delete_adapter("blue")
+    assert scalings("blue") == set()
+    assert each("unscale_layer") == ({0.5}, set())
+
+
+# Names nobody has: what PEFT raises for its LoRA.
+
+WITH_UNKNOWN_NAMES = {
+    "set_adapter": lambda model, _: model.set_adapter("nobody"),
+    "delete_adapter": lambda model, _: model.delete_adapter("nobody"),
+    "set_requires_grad": lambda model, _: model.set_requires_grad("nobody"),
+    "save_pretrained": lambda model, path: model.save_pretrained(path, selected_adapters=["nobody"]),
+    "get_peft_model_state_dict": lambda model, _: get_peft_model_state_dict(model, adapter_name="nobody"),
+    "load_adapter": lambda model, path: model.load_adapter(path / "nowhere", "nobody"),
+    "add_adapter": lambda model, _: model.add_adapter("default", model.peft_config["default"]),
+}
+
+
+@pytest.mark.parametrize("operation", WITH_UNKNOWN_NAMES)
+def test_unknown_names_raise_what_peft_raises(row, operation, tmp_path):
+    def outcome(model: PeftModel) -> tuple[Any, str]:
+        try:
+            WITH_UNKNOWN_NAMES[operation](model, tmp_path)
+        except Exception as error:
+            return type(error), str(error)
+        return None, ""
+
+    lora = get_peft_model(row.make(), LoraConfig(target_modules=[row.one]))
+    model = adapted(row)
+    before = output(model)
+    assert outcome(model) == outcome(lora)
+    assert torch.equal(output(model), before)
+
+
+# Other tuners, and what PEFT has for LoRA alone.
+
+
+def test_another_tuners_layers_are_refused_and_its_neighbours_adapted(row):
+    model = row.make()
+    peft.inject_adapter_in_model(LoraConfig(target_modules=[row.one], init_lora_weights=False), model, "lora")
+    before, expected = state_of(model), output(model)
+    with pytest.raises(ValueError, match=rf"{row.one} \(already adapted by peft\.tuners\.lora\.layer\.Linear\)"):
+        idlora_ext.apply(model, settings(row, target_modules=[row.one]))
+    assert state_of(model) == before
+    assert torch.equal(output(model), expected)
+
+
+def test_a_peft_model_of_another_tuner_is_refused(row):
+    model = get_peft_model(row.make(), LoraConfig(target_modules=[row.one], init_lora_weights=False))
+    before, expected = state_of(model), output(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("mine", settings(row))
+    assert state_of(model) == before
+    assert torch.equal(output(model), expected)
+
+
+def test_mixed_tuner_types_are_refused(row):
+    model = row.make()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="'IDLORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(model, settings(row), mixed=True)
+    assert state_of(model) == before
+    mixed = get_peft_model(row.make(), LoraConfig(target_modules=[row.one]), mixed=True)
+    expected = modules_of(mixed)
+    with pytest.raises(ValueError, match="'IDLORA' is not compatible with the `PeftMixedModel`"):
+        mixed.add_adapter("mine", settings(row))
+    assert modules_of(mixed) == expected
+
+
+def test_weighted_combination_is_refused_with_the_way_out(row):
+    model = adapted(row, "red")
+    add(model, row, "blue", seed=2)
+    before = state_of(model)
+    with pytest.raises(TypeError, match=r"no add_weighted_adapter.*set_adapter\(\["):
+        model.add_weighted_adapter(["red", "blue"], [0.5, 0.5], "green")
+    assert state_of(model) == before
+
+
+def test_hot_swapping_is_loading_in_place(row, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    other = adapted(row, seed=9, selection="random")  # other rows too
+    other.save_pretrained(tmp_path)
+    model = adapted(row)
+    expected = output(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but IDLORA was passed"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(output(model), expected)
+    tensors = {name: p.data_ptr() for name, p in model.named_parameters()}
+    idlora_ext.load(model, tmp_path)
+    assert torch.equal(output(model), output(other))
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == tensors  # nothing to compile anew
