@@ -231,7 +231,14 @@ def load(
     config.inference_mode = not is_trainable
     if _has_adapter(model, adapter_name):
         holder: Any = model.base_model if isinstance(model, PeftModel) else model
-        holder.peft_config[adapter_name].base_mismatch = base_mismatch
+        present = holder.peft_config[adapter_name]
+        if config.scaling != present.scaling:
+            raise ValueError(
+                f"load: the file's scaling is {config.scaling}, that of adapter {adapter_name!r} in the model "
+                f"{present.scaling}: its tensors would mean something else. Remove the adapter first, or load under "
+                "another adapter_name."
+            )
+        present.base_mismatch = base_mismatch
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         return model
     if isinstance(model, PeftModel):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
 
 from . import integration  # noqa: F401  (adds PeftType.IDLORA)
 
@@ -37,6 +38,8 @@ class IdLoraConfig(PeftConfig):
         rank_fit: ``"shrink"`` gives a layer too narrow for ``k * r`` rows the largest rank that fits and says so once;
             ``"error"`` refuses.
         rank_pattern: rank by layer name or regular expression, where it differs from ``r``.
+        clusters_pattern: number of clusters by layer name or regular expression, where it differs from
+            ``num_clusters``.
         target_modules: names, or a regular expression, or ``"all-linear"``: every linear layer but the output head.
         exclude_modules: names, or a regular expression, of layers to leave alone.
         layers_to_transform: indices of the transformer layers to adapt; all by default.
@@ -62,6 +65,9 @@ class IdLoraConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})
     rank_fit: RankFit = field(default="shrink", metadata={"help": "What to do with layers narrower than k * r."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name or pattern."})
+    clusters_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Number of clusters by layer name or pattern."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default="all-linear", metadata={"help": "Layers to adapt: names, a regular expression, or 'all-linear'."}
     )
@@ -98,11 +104,14 @@ class IdLoraConfig(PeftConfig):
             ("rank_fit", RankFit),
         ):
             self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
-        if not isinstance(self.rank_pattern, dict):
-            raise TypeError(f"IdLoraConfig: rank_pattern must be a dictionary, got {self.rank_pattern!r}")
+        for name in ("rank_pattern", "clusters_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"IdLoraConfig: {name} must be a dictionary, got {getattr(self, name)!r}")
         for pattern, rank in self.rank_pattern.items():
             ok = _is_int(rank) and rank >= 1 and rank % self.rank_boost == 0
             self._require("rank_pattern", f"ranks that are multiples of rank_boost = {self.rank_boost}", ok, pattern)
+        for pattern, k in self.clusters_pattern.items():
+            self._require("clusters_pattern", "integers >= 1", _is_int(k) and k >= 1, pattern)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -125,6 +134,11 @@ class IdLoraConfig(PeftConfig):
         values = super().to_dict()
         del values["base_mismatch"]
         return values
+
+    def sizes(self, layer: str) -> tuple[int, int]:
+        """``(k, r)`` that a layer is to have: its pattern's, or everyone's."""
+        k = self.clusters_pattern.get(get_pattern_key(self.clusters_pattern.keys(), layer), self.num_clusters)
+        return k, self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
 
     def resolved(self) -> IdLoraConfig:
         """A copy that a model may own: resolving targets must not change the configuration a user passed in."""

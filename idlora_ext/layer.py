@@ -87,10 +87,10 @@ class IdLoraLayer(BaseTunerLayer):
             raise ValueError(f"its weight must have shape {list(expected)} to be read, got {list(weight.shape)}")
         return weight
 
-    def update_layer(self, adapter_name: str, config: IdLoraConfig, wanted_rank: int) -> None:
+    def update_layer(self, adapter_name: str, config: IdLoraConfig, num_clusters: int, wanted_rank: int) -> None:
         """Add an adapter: tensors of the rank that fits, its rows still to be chosen or loaded."""
-        r = fit_rank(self.out_features, config.num_clusters, wanted_rank, config.rank_boost)
-        k, s, d = config.num_clusters, config.rank_boost, self.out_features
+        r = fit_rank(self.out_features, num_clusters, wanted_rank, config.rank_boost)
+        k, s, d = num_clusters, config.rank_boost, self.out_features
         base = self.get_base_layer()
         device, dtype = stored(base).device, parameter_dtype(base)
         fixed: dict[str, Any] = {"device": device, "dtype": torch.int32}
@@ -210,13 +210,14 @@ class Linear(nn.Module, IdLoraLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: IdLoraConfig,
+        num_clusters: int,
         wanted_rank: int,
         quantization: dict[str, Any] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         IdLoraLayer.__init__(self, base_layer, quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, wanted_rank)
+        self.update_layer(adapter_name, config, num_clusters, wanted_rank)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""

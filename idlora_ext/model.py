@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -177,22 +176,21 @@ class IdLoraModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, IdLoraLayer) else target
         _, d = linear_shape(base)
-        k, s = peft_config.num_clusters, peft_config.rank_boost
-        wanted = peft_config.rank_pattern.get(
-            get_pattern_key(peft_config.rank_pattern.keys(), current_key), peft_config.r
-        )
+        s = peft_config.rank_boost
+        k, wanted = peft_config.sizes(current_key)
         r = fit_rank(d, k, wanted, s)
         if r == 0:
             reason = f"d = {d} cannot hold k = {k} clusters of a rank that is a multiple of s = {s}"
             self._unsupported.setdefault(f" ({reason})", []).append(current_key)
             return
         if r < wanted:
-            self._shrunk.setdefault(f" (d = {d}: r = {r} instead of {wanted})", []).append(current_key)
+            size = f"d = {d}" if k == peft_config.num_clusters else f"d = {d}, k = {k}"
+            self._shrunk.setdefault(f" ({size}: r = {r} instead of {wanted})", []).append(current_key)
         if isinstance(target, IdLoraLayer):
-            target.update_layer(adapter_name, peft_config, wanted)
+            target.update_layer(adapter_name, peft_config, k, wanted)
             layer = target
         else:
-            layer = Linear(target, adapter_name, peft_config, wanted, get_quantization_kwargs(self.model))
+            layer = Linear(target, adapter_name, peft_config, k, wanted, get_quantization_kwargs(self.model))
             layer.name = current_key
             self._replace_module(parent, target_name, layer, target)
         self._new.append((current_key, layer))
@@ -216,7 +214,7 @@ class IdLoraModel(BaseTuner):
         names = ", ".join(name + fit for fit, keys in self._shrunk.items() for name in brief(keys))
         message = f"{count} of {len(self._new)} layers are too narrow for k * r rows with k = {config.num_clusters}"
         if config.rank_fit == "error":
-            raise ValueError(f'{message}: {names}. Lower r or num_clusters, set rank_pattern, or rank_fit="shrink".')
+            raise ValueError(f'{message}: {names}. Lower r or num_clusters, or their patterns, or rank_fit="shrink".')
         warnings.warn(f"{message}; they get the largest rank that fits: {names}", stacklevel=2)
 
     def _choose_rows(self, config: IdLoraConfig, adapter_name: str) -> None:
@@ -326,6 +324,12 @@ def _gather(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _refuse_existing(model: nn.Module, adapter_name: str) -> None:
+    other = vars(model).get("peft_config", {}).get(adapter_name)
+    if other is not None and not isinstance(other, IdLoraConfig):
+        raise ValueError(
+            f"the model already has an adapter {adapter_name!r}, of the method {other.peft_type.value}, whose "
+            "configuration would be lost. Give the new one another adapter_name."
+        )
     for name, module in model.named_modules():
         if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B:
             raise ValueError(

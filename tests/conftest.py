@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from idlora_ext import IdLoraConfig
 from idlora_ext.layer import IdLoraLayer
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -144,3 +148,66 @@ def state_of(model):
         dict(getattr(model, "peft_config", {})),
         model.training,
     )
+
+
+# Rows of models, as PEFT's own tests have them.
+
+
+class MLP(nn.Module):
+    """Not a transformers model: biases, no configuration, one positional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1, self.head = nn.Linear(20, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.lin1(torch.relu(self.lin0(X)))))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP().eval()
+
+
+class Row(NamedTuple):
+    make: Any
+    head: str  # trained in full where a test asks for modules_to_save
+    layer: str  # one adapted layer
+    one: str  # a target, and another one that shares no layer with it
+    other: str
+
+
+ROWS = {
+    "llama": Row(tiny_llama, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj"),
+    "gpt2": Row(tiny_gpt2, "ln_f", "transformer.h.0.attn.c_attn", "c_attn", "c_fc"),
+    "bert": Row(tiny_bert, "classifier", "bert.encoder.layer.0.attention.self.query", "query", "intermediate.dense"),
+    "mlp": Row(mlp, "head", "lin0", "lin0", "lin1"),
+}
+
+
+@pytest.fixture(params=ROWS)
+def row(request: pytest.FixtureRequest) -> Row:
+    return ROWS[request.param]
+
+
+def settings(row: Row, **fields: Any) -> IdLoraConfig:
+    exclude = {} if row.head in ("lm_head", "ln_f") else {"exclude_modules": [row.head]}
+    return IdLoraConfig(**(FIELDS | exclude | fields))
+
+
+def adapted(row: Row, adapter_name: str = "default", seed: int = 1, **fields: Any) -> PeftModel:
+    model = get_peft_model(row.make(), settings(row, **fields), adapter_name=adapter_name).eval()
+    return randomize_adapter(model, adapter_name, seed=seed)
+
+
+def add(model: PeftModel, row: Row, adapter_name: str, seed: int, **fields: Any) -> None:
+    model.add_adapter(adapter_name, settings(row, **fields))
+    randomize_adapter(model, adapter_name, seed=seed)
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.no_grad():
+        if isinstance(base, MLP):
+            return model(torch.randn(5, 20, generator=torch.Generator().manual_seed(0)))
+        return model(**inputs()).logits

@@ -139,6 +139,7 @@ def test_wrong_arguments_of_apply():
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
         ({"rank_fit": "maybe"}, "rank_fit must be one of shrink, error"),
         ({"rank_pattern": {"q_proj": 5}}, r"rank_pattern must be ranks .*got \{'q_proj': 5\}"),
+        ({"clusters_pattern": {"q_proj": 0}}, r"clusters_pattern must be integers >= 1, got \{'q_proj': 0\}"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"target_modules": None}, "target_modules must be"),
         ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),

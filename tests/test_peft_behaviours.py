@@ -1,93 +1,30 @@
-"""What PEFT does with any of its tuners, done with ours: rows of models x behaviours, as in PEFT's own tests.
-
-Where PEFT decides (unknown names, what is left after `unload`), its LoRA on the same model says what is expected.
-"""
+"""What PEFT does with any of its tuners, done with ours: rows of models x behaviours, as in PEFT's own tests."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import (
     FIELDS,
-    inputs,
+    ROWS,
+    adapted,
+    add,
     layers_of,
     modules_of,
+    output,
     randomize_adapter,
+    settings,
     state_of,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
 )
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-import idlora_ext
 from idlora_ext import IdLoraConfig
-
-
-class MLP(nn.Module):
-    """Not a transformers model: biases, no configuration, one positional argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin0, self.lin1, self.head = nn.Linear(20, 64), nn.Linear(64, 32), nn.Linear(32, 3)
-
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.lin1(torch.relu(self.lin0(X)))))
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return MLP().eval()
-
-
-class Row(NamedTuple):
-    make: Any
-    head: str  # trained in full where a test asks for modules_to_save
-    layer: str  # one adapted layer
-    one: str  # a target, and another one that shares no layer with it
-    other: str
-
-
-ROWS = {
-    "llama": Row(tiny_llama, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj"),
-    "gpt2": Row(tiny_gpt2, "ln_f", "transformer.h.0.attn.c_attn", "c_attn", "c_fc"),
-    "bert": Row(tiny_bert, "classifier", "bert.encoder.layer.0.attention.self.query", "query", "intermediate.dense"),
-    "mlp": Row(mlp, "head", "lin0", "lin0", "lin1"),
-}
-
-
-@pytest.fixture(params=ROWS)
-def row(request: pytest.FixtureRequest) -> Row:
-    return ROWS[request.param]
-
-
-def settings(row: Row, **fields: Any) -> IdLoraConfig:
-    exclude = {} if row.head in ("lm_head", "ln_f") else {"exclude_modules": [row.head]}
-    return IdLoraConfig(**(FIELDS | exclude | fields))
-
-
-def adapted(row: Row, adapter_name: str = "default", seed: int = 1, **fields: Any) -> PeftModel:
-    model = get_peft_model(row.make(), settings(row, **fields), adapter_name=adapter_name).eval()
-    return randomize_adapter(model, adapter_name, seed=seed)
-
-
-def add(model: PeftModel, row: Row, adapter_name: str, seed: int, **fields: Any) -> None:
-    model.add_adapter(adapter_name, settings(row, **fields))
-    randomize_adapter(model, adapter_name, seed=seed)
-
-
-def output(model: nn.Module) -> torch.Tensor:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with torch.no_grad():
-        if isinstance(base, MLP):
-            return model(torch.randn(5, 20, generator=torch.Generator().manual_seed(0)))
-        return model(**inputs()).logits
 
 
 def names_of(model: nn.Module, adapter_name: str) -> list[str]:
@@ -235,11 +172,7 @@ def test_unload_leaves_the_base_model(row):
     assert modules_of(plain).keys() == before.keys()
     assert torch.equal(output(plain), expected)
     assert not torch.equal(output(model), expected)
-    assert not torch.equal(output(adapted_again(plain, row)), expected)
-
-
-def adapted_again(plain: nn.Module, row: Row) -> nn.Module:
-    return randomize_adapter(get_peft_model(plain, settings(row)))
+    assert not torch.equal(output(randomize_adapter(get_peft_model(plain, settings(row)))), expected)
 
 
 def test_deepcopy_is_independent(row):
@@ -389,10 +322,7 @@ def test_auto_peft_classes(kind, tmp_path):
     row.make().save_pretrained(tmp_path / "base")
     labels = {"num_labels": 3} if kind == "bert" else {}
     base = auto._target_class.from_pretrained(tmp_path / "base", **labels)
-    for again, task_type in (
-        (auto, task),
-        (peft.AutoPeftModel, None),
-    ):  # as PEFT has it: one for each task, and for none
+    for again, task_type in ((auto, task), (peft.AutoPeftModel, None)):  # as PEFT has it: without a task
         model = randomize_adapter(get_peft_model(copy.deepcopy(base), settings(row, task_type=task_type)).eval())
         model.save_pretrained(tmp_path / str(task_type))
         loaded = again.from_pretrained(tmp_path / str(task_type), **labels)
@@ -453,92 +383,3 @@ def test_scales(row):
     model.delete_adapter("blue")
     assert scalings("blue") == set()
     assert each("unscale_layer") == ({0.5}, set())
-
-
-# Names nobody has: what PEFT raises for its LoRA.
-
-WITH_UNKNOWN_NAMES = {
-    "set_adapter": lambda model, _: model.set_adapter("nobody"),
-    "delete_adapter": lambda model, _: model.delete_adapter("nobody"),
-    "set_requires_grad": lambda model, _: model.set_requires_grad("nobody"),
-    "save_pretrained": lambda model, path: model.save_pretrained(path, selected_adapters=["nobody"]),
-    "get_peft_model_state_dict": lambda model, _: get_peft_model_state_dict(model, adapter_name="nobody"),
-    "load_adapter": lambda model, path: model.load_adapter(path / "nowhere", "nobody"),
-    "add_adapter": lambda model, _: model.add_adapter("default", model.peft_config["default"]),
-}
-
-
-@pytest.mark.parametrize("operation", WITH_UNKNOWN_NAMES)
-def test_unknown_names_raise_what_peft_raises(row, operation, tmp_path):
-    def outcome(model: PeftModel) -> tuple[Any, str]:
-        try:
-            WITH_UNKNOWN_NAMES[operation](model, tmp_path)
-        except Exception as error:
-            return type(error), str(error)
-        return None, ""
-
-    lora = get_peft_model(row.make(), LoraConfig(target_modules=[row.one]))
-    model = adapted(row)
-    before = output(model)
-    assert outcome(model) == outcome(lora)
-    assert torch.equal(output(model), before)
-
-
-# Other tuners, and what PEFT has for LoRA alone.
-
-
-def test_another_tuners_layers_are_refused_and_its_neighbours_adapted(row):
-    model = row.make()
-    peft.inject_adapter_in_model(LoraConfig(target_modules=[row.one], init_lora_weights=False), model, "lora")
-    before, expected = state_of(model), output(model)
-    with pytest.raises(ValueError, match=rf"{row.one} \(already adapted by peft\.tuners\.lora\.layer\.Linear\)"):
-        idlora_ext.apply(model, settings(row, target_modules=[row.one]))
-    assert state_of(model) == before
-    assert torch.equal(output(model), expected)
-
-
-def test_a_peft_model_of_another_tuner_is_refused(row):
-    model = get_peft_model(row.make(), LoraConfig(target_modules=[row.one], init_lora_weights=False))
-    before, expected = state_of(model), output(model)
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.add_adapter("mine", settings(row))
-    assert state_of(model) == before
-    assert torch.equal(output(model), expected)
-
-
-def test_mixed_tuner_types_are_refused(row):
-    model = row.make()
-    before = state_of(model)
-    with pytest.raises(ValueError, match="'IDLORA' is not compatible with the `PeftMixedModel`"):
-        get_peft_model(model, settings(row), mixed=True)
-    assert state_of(model) == before
-    mixed = get_peft_model(row.make(), LoraConfig(target_modules=[row.one]), mixed=True)
-    expected = modules_of(mixed)
-    with pytest.raises(ValueError, match="'IDLORA' is not compatible with the `PeftMixedModel`"):
-        mixed.add_adapter("mine", settings(row))
-    assert modules_of(mixed) == expected
-
-
-def test_weighted_combination_is_refused_with_the_way_out(row):
-    model = adapted(row, "red")
-    add(model, row, "blue", seed=2)
-    before = state_of(model)
-    with pytest.raises(TypeError, match=r"no add_weighted_adapter.*set_adapter\(\["):
-        model.add_weighted_adapter(["red", "blue"], [0.5, 0.5], "green")
-    assert state_of(model) == before
-
-
-def test_hot_swapping_is_loading_in_place(row, tmp_path):
-    from peft.utils.hotswap import hotswap_adapter
-
-    other = adapted(row, seed=9, selection="random")  # other rows too
-    other.save_pretrained(tmp_path)
-    model = adapted(row)
-    expected = output(model)
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but IDLORA was passed"):
-        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
-    assert torch.equal(output(model), expected)
-    tensors = {name: p.data_ptr() for name, p in model.named_parameters()}
-    idlora_ext.load(model, tmp_path)
-    assert torch.equal(output(model), output(other))
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == tensors  # nothing to compile anew

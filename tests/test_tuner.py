@@ -19,7 +19,7 @@ from conftest import (
     tiny_bert,
     tiny_llama,
 )
-from peft import get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -248,6 +248,23 @@ def test_rank_pattern_and_seed():
 
     assert torch.equal(router(1).idlora_router["default"], router(1).idlora_router["default"])
     assert not torch.equal(router(1).idlora_router["default"], router(2).idlora_router["default"])
+
+
+def test_clusters_pattern(tmp_path):
+    fields = {"clusters_pattern": {"q_proj": 4, r"layers\.1\.mlp\.up_proj": 1, "v_proj": 8}, "shared_router": False}
+    with pytest.warns(UserWarning, match=r"v_proj \(d = 32, k = 8: r = 4 instead of 8\)"):
+        model = randomize_adapter(idlora_ext.apply(tiny_llama(), **(FIELDS | fields)))
+    sizes = {row.name.removeprefix("model.layers."): (row.k, row.r) for row in idlora_ext.summary(model).rows}
+    assert sizes["0.self_attn.q_proj"] == (4, 8)
+    assert sizes["1.mlp.up_proj"] == (1, 8)
+    assert sizes["0.mlp.up_proj"] == (2, 8)
+    assert sizes["0.self_attn.v_proj"] == (8, 4)
+    layer = layers_of(model)["model.layers.0.self_attn.q_proj"]
+    assert layer.idlora_index["default"].shape == layer.idlora_router["default"].shape == (4, 8)
+    assert layer.idlora_index["default"].unique().numel() == 32
+    idlora_ext.save(model, tmp_path)
+    assert torch.equal(logits(idlora_ext.load(tiny_llama(), tmp_path)), logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
 
 
 def test_the_users_configuration_is_not_changed():
