@@ -48,7 +48,7 @@ BAD = {
     "too narrow": (Odd, {"target_modules": ["fine"], "r": 32, "rank_fit": "error"}, r"fine \(d = 16: r = 8 instead of 32\).*Lower r"),
     "nan": (lambda: poisoned(float("nan")), {}, r"layer 'model.layers.1.mlp.up_proj': .*finite.*exclude_modules"),
     "inf": (lambda: poisoned(float("inf")), {}, r"layer 'model.layers.1.mlp.up_proj': .*finite"),
-    "other tuner": (lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama()), {"target_modules": ["q_proj", "v_proj"]}, "already adapted by peft.tuners.lora.*"),
+    "other tuner": (lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama(), "lora"), {"target_modules": ["q_proj", "v_proj"]}, "already adapted by peft.tuners.lora.*"),
 }  # fmt: skip
 
 
