@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2-135M in 4 bits: the base layers stay packed, the adapter works on what they return.
 
-    pip install bitsandbytes
-    python examples/quantised_base.py
+pip install bitsandbytes
+python examples/quantised_base.py
 """
 
 import tempfile

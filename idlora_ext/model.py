@@ -123,17 +123,22 @@ class IdLoraModel(BaseTuner):
         unsupported = []
         for name, module in list(model.named_modules()):
             parent, _, child = name.rpartition(".")
+            foreign = False
             if child == "base_layer":
-                continue
+                foreign = not isinstance(model.get_submodule(parent), (UnfusedExperts, IdLoraLayer))
+                if not foreign:
+                    continue
+                name = re.sub(r"(\.base_layer)+$", "", name)  # as it was before another tuner wrapped it
             wanted = [
                 parameter
                 for parameter, count in fused_parameters(module).items()
                 if self._targets_experts(peft_config, name, parameter, count)
             ]
-            if wanted and can_unfuse(module):
+            if wanted and not foreign and can_unfuse(module):
                 setattr(model.get_submodule(parent), child, UnfusedExperts(module))
             else:
-                unsupported += [f"{name}.{p} {list(module.get_parameter(p).shape)}" for p in wanted]
+                note = " (already adapted by another tuner)" if foreign else ""
+                unsupported += [f"{name}.{p} {list(module.get_parameter(p).shape)}{note}" for p in wanted]
         if unsupported:
             raise ValueError(
                 "target_modules takes in parameters that look like fused linear layers, of a kind ID-LoRA cannot open: "

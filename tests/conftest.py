@@ -177,10 +177,23 @@ class Row(NamedTuple):
     other: str
 
 
+def tiny_moe() -> nn.Module:
+    """Qwen3-MoE: a dense layer, and one whose experts are fused 3-D parameters."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=101, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
 ROWS = {
     "llama": Row(tiny_llama, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj"),
     "gpt2": Row(tiny_gpt2, "ln_f", "transformer.h.0.attn.c_attn", "c_attn", "c_fc"),
     "bert": Row(tiny_bert, "classifier", "bert.encoder.layer.0.attention.self.query", "query", "intermediate.dense"),
+    "moe": Row(tiny_moe, "lm_head", "model.layers.1.mlp.experts.3.down_proj", "down_proj", "q_proj"),
     "mlp": Row(mlp, "head", "lin0", "lin0", "lin1"),
 }
 
