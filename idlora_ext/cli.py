@@ -20,7 +20,7 @@ ADAPTER_OPTIONS = (
     ("num_clusters", int, "clusters of rows, k (default 4); a layer needs k * r output features"),
     ("rank_boost", int, "rank-boost factor s (default 2): B is [d/s, r/s] and used s times"),
     ("scaling", float, "factor on the update (default 1.0)"),
-    ("router", str, "form of the router (default linear)"),
+    ("router", str, "form of the router: linear (default), or static, which can be merged and exported"),
     ("selection", str, "how rows are chosen: nearest to each centroid (default), sequential or random"),
     ("dropout", float, "probability of zeroing entries of z in training (default 0)"),
     ("rank_fit", str, "layers too narrow for k * r rows: shrink their rank (default) or error"),

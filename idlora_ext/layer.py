@@ -41,7 +41,8 @@ def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
 class IdLoraLayer(BaseTunerLayer):
     """What every adapted layer holds, by adapter name (arXiv 2602.20727, §4).
 
-    ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``.
+    ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``;
+    static: ``a``, ``[1]`` or ``[k]``.
     ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
     ``name`` is the layer's in its model, for profilers.
     """
@@ -91,8 +92,9 @@ class IdLoraLayer(BaseTunerLayer):
         # Else with the rows, so that W is dequantised only once. Ranks that share out the rows compare it before.
         if config.index_stored or stored(base).is_meta or distributed.world_size() > 1:
             self._take_fingerprint(adapter_name, self.get_base_weight())
-        router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
-        self.idlora_router[adapter_name] = nn.Parameter(router)
+        rows = 1 if config.shared_router else k
+        router = torch.ones(rows) if config.router == "static" else torch.zeros(rows, r)
+        self.idlora_router[adapter_name] = nn.Parameter(router.to(device, dtype))
         self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
         self.scaling[adapter_name] = config.scaling
         self.dropout[adapter_name] = config.dropout
@@ -113,7 +115,8 @@ class IdLoraLayer(BaseTunerLayer):
         weight = self.get_base_weight() if weight is None else weight
         self._take_fingerprint(adapter_name, weight)
         self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
-        start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
+        if not self.is_static(adapter_name):
+            start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
         self.pending.discard(adapter_name)
 
     def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
@@ -123,10 +126,19 @@ class IdLoraLayer(BaseTunerLayer):
         self.idlora_fingerprint[adapter_name] = fingerprint(weight, dtype).to(device)
 
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
-        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
+        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
+
+        A static router's do not depend on ``h``.
+        """
+        if self.is_static(adapter_name):
+            k = len(self.idlora_index[adapter_name])
+            return self.idlora_router[adapter_name].float().expand(*h.shape[:-1], k)
         y0, bias, bias_in_y0 = self._base_output(h)
         x = self._gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
         return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
+
+    def is_static(self, adapter_name: str) -> bool:
+        return self.idlora_router[adapter_name].ndim == 1
 
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
         """``y0``, the layer's bias, and whether ``y0`` contains it.
