@@ -6,7 +6,7 @@ Each tensor is moved once::
     forward    N d e  (y0 read) + N d e  (y written)  [+ N k r e  (x written, when training)]  + B + T + index
     backward   N d e  (dy read) + N k r e  (x read) + N d e  (dy0 written)                     + B + T + index + dB + dT
 
-With one static constant (``a [1]``) only the sum of ``x`` over the clusters is kept, ``N r e``; ``a`` is ``[1]`` or ``[k]``.
+A static router is ``a [1]`` or ``[k]`` instead of ``T``; of one constant only the sum of ``x`` is kept, ``N r e``.
 
 ``B [d/s, r/s]`` and ``T [1, r]`` or ``[k, r]`` have their own widths, ``index [k, r]`` is int32. A layer's bias (``d``
 values, once a launch) is not counted. At ``N <= 64`` the limit is mostly ``B``.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +20,7 @@ from .config import IdLoraConfig
 from .experts import ExpertLinear
 from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
+from .merging import MergeableLayer
 
 if TYPE_CHECKING:
     from .mixed_batches import MixedBatch
@@ -38,7 +38,7 @@ def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
     return widest - widest % rank_boost
 
 
-class IdLoraLayer(BaseTunerLayer):
+class IdLoraLayer(MergeableLayer):
     """What every adapted layer holds, by adapter name (arXiv 2602.20727, §4).
 
     ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``;
@@ -72,8 +72,13 @@ class IdLoraLayer(BaseTunerLayer):
         self.quantization_backend = integration.quantization_backend(base, quantization or {})
 
     def get_base_weight(self) -> Tensor:
-        """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them."""
+        """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them.
+
+        Without what is merged into it.
+        """
         base = self.get_base_layer()
+        if self.unmerged_weight is not None:
+            return self.unmerged_weight.to(stored(base).device)
         weight = distributed.whole(stored(base), lambda: base_weight(base, self.quantization_backend))
         expected = (self.out_features, self.in_features)
         if weight.shape != expected:
@@ -137,9 +142,6 @@ class IdLoraLayer(BaseTunerLayer):
         x = self._gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
         return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
 
-    def is_static(self, adapter_name: str) -> bool:
-        return self.idlora_router[adapter_name].ndim == 1
-
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
         """``y0``, the layer's bias, and whether ``y0`` contains it.
 
@@ -175,18 +177,6 @@ class IdLoraLayer(BaseTunerLayer):
         columns = self._columns(y0)
         return ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge(self) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-
-MERGE_REFUSED = (
-    "ID-LoRA with a linear router cannot be merged: its weights a_i = <T_i, A_i h> depend on the token, "
-    "so no single W holds the update. Keep the adapter attached, or remove it with unload() or idlora_ext.remove()."
-)
-
 
 class Linear(nn.Module, IdLoraLayer):
     """``y = h W^T + b + scaling * concat_j(B z^(j))`` for whatever returns ``h W^T + b``."""
@@ -211,7 +201,7 @@ class Linear(nn.Module, IdLoraLayer):
         if self.training and h.requires_grad:
             integration.refuse_training_through_packed(self.name, self.base_layer)
         adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.idlora_B]
-        if not adapters:
+        if not adapters or self.merged:
             return self.base_layer(h, *args, **kwargs)
         self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)

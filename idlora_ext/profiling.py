@@ -130,7 +130,7 @@ def captured_shapes(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     shapes: list[dict[str, Any]] = []
 
     def record(module: IdLoraLayer, args: Any, y: Tensor) -> None:
-        for adapter in () if module.disable_adapters else module.active_adapters:
+        for adapter in () if module.disable_adapters or module.merged else module.active_adapters:
             if adapter not in module.idlora_B:
                 continue
             index, router, B = module._tensors(adapter, y.dtype)

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from bench_saved_activations import saved_activations
 from conftest import FIELDS, MODELS, fields_for, inputs, layers_of, logits, randomize_adapter, tiny_llama
 from peft import PeftModel, get_peft_model
-from bench_saved_activations import saved_activations
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
@@ -34,7 +34,8 @@ def test_layers_follow_the_equation(kind, shared):
     layers = layers_of(model)
     for layer in layers.values():
         router = layer.idlora_router["default"]
-        assert torch.equal(router, torch.ones(1 if shared else 2)) and router.requires_grad
+        assert torch.equal(router, torch.ones(1 if shared else 2))
+        assert router.requires_grad
     for name, layer in layers_of(trained(model)).items():
         index, router, B = layer._tensors("default", torch.float64)
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
