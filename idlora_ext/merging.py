@@ -20,8 +20,8 @@ from .base_weight import base_weight, is_quantised, stored
 from .fakes import accumulate
 
 MERGE_REFUSED = (
-    "with a linear router it cannot be merged: its weights a_i = <T_i, A_i h> depend on the token, so no single W "
-    'holds the update. Keep the adapter attached, or train one with router="static", which can be merged and exported.'
+    "with a linear router it cannot be merged, nor exported as a LoRA: its weights a_i = <T_i, A_i h> depend on the "
+    'token, so no single W holds the update. Keep the adapter attached, or train one with router="static", which can.'
 )
 
 
