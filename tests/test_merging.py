@@ -182,14 +182,32 @@ def test_refused_before_any_layer_changes(method):
     refused(model, f"layer '{last.name}' cannot be merged: W is computed from other parameters")
 
 
-def test_quantised_bases_are_refused():
+def quantise(layer):
+    layer.quantization_backend = object()
+
+
+def shard(layer):
+    layer.base_layer.weight.ds_shape = layer.base_layer.weight.shape  # DeepSpeed's mark
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (quantise, "W is quantised: keep the adapter attached"),
+        (shard, "W is sharded over several processes"),
+        (lambda layer: layer.base_layer.to("meta"), "W is on the meta device"),
+    ],
+)
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_weights_that_cannot_take_the_update_are_refused(change, match, method):
     model = adapted()
-    last = list(layers_of(model).values())[-1]
-    last.quantization_backend = object()
-    before = weights(model)
-    with pytest.raises(ValueError, match=f"layer '{last.name}' cannot be merged: W is quantised: keep the adapter"):
-        model.merge_adapter()
-    assert_unchanged(model, before)
+    layers = list(layers_of(model).values())
+    before = weights(layers[0])
+    change(layers[-1])
+    with pytest.raises(ValueError, match=f"layer '{layers[-1].name}' cannot be merged: {match}"):
+        getattr(model, method)()
+    assert_unchanged(layers[0], before)
+    assert not any(layer.merged for layer in layers)
 
 
 def test_float16_overflow_is_found_by_safe_merge():
