@@ -6,6 +6,8 @@ Each tensor is moved once::
     forward    N d e  (y0 read) + N d e  (y written)  [+ N k r e  (x written, when training)]  + B + T + index
     backward   N d e  (dy read) + N k r e  (x read) + N d e  (dy0 written)                     + B + T + index + dB + dT
 
+A static router is ``a [1]`` or ``[k]`` instead of ``T``; of one constant only the sum of ``x`` is kept, ``N r e``.
+
 ``B [d/s, r/s]`` and ``T [1, r]`` or ``[k, r]`` have their own widths, ``index [k, r]`` is int32. A layer's bias (``d``
 values, once a launch) is not counted. At ``N <= 64`` the limit is mostly ``B``.
 """
@@ -25,10 +27,12 @@ def forward_limit(
     training: bool,
     *,
     shared_router: bool = True,
+    static_router: bool = False,
 ) -> int:
     """Bytes of one ``idlora::adapt``; ``training``: it keeps ``x`` for the backward pass."""
-    once = _parameters(d, k, r, s, param_itemsize, router_itemsize, shared_router) + _index(k, r)
-    return N * (2 * d + (k * r if training else 0)) * itemsize + once
+    once = _parameters(d, k, r, s, param_itemsize, router_itemsize, shared_router, static_router) + _index(k, r)
+    kept = _kept(k, r, shared_router, static_router) if training else 0
+    return N * (2 * d + kept) * itemsize + once
 
 
 def backward_limit(
@@ -42,14 +46,22 @@ def backward_limit(
     router_itemsize: int,
     *,
     shared_router: bool = True,
+    static_router: bool = False,
 ) -> int:
     """Bytes of one ``idlora::adapt_backward``, which reads ``B`` and ``T`` and writes ``dB`` and ``dT``."""
-    once = 2 * _parameters(d, k, r, s, param_itemsize, router_itemsize, shared_router) + _index(k, r)
-    return N * (2 * d + k * r) * itemsize + once
+    once = 2 * _parameters(d, k, r, s, param_itemsize, router_itemsize, shared_router, static_router) + _index(k, r)
+    return N * (2 * d + _kept(k, r, shared_router, static_router)) * itemsize + once
 
 
-def _parameters(d: int, k: int, r: int, s: int, param_itemsize: int, router_itemsize: int, shared_router: bool) -> int:
-    return (d // s) * (r // s) * param_itemsize + (1 if shared_router else k) * r * router_itemsize
+def _kept(k: int, r: int, shared: bool, static: bool) -> int:
+    return r if shared and static else k * r
+
+
+def _parameters(
+    d: int, k: int, r: int, s: int, param_itemsize: int, router_itemsize: int, shared: bool, static: bool
+) -> int:
+    router = (1 if shared else k) * (1 if static else r)
+    return (d // s) * (r // s) * param_itemsize + router * router_itemsize
 
 
 def _index(k: int, r: int) -> int:

@@ -73,30 +73,33 @@ class Shape:
     dtype: str
     router_dtype: str
     B_dtype: str
+    static_router: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.layer} N={self.N} d={self.d} k={self.k} r={self.r} s={self.s} dtype={self.dtype} "
-            f"router={1 if self.shared_router else self.k}x{self.router_dtype} B={self.B_dtype}"
+            f"router={'static' if self.static_router else ''}{1 if self.shared_router else self.k}x{self.router_dtype} "
+            f"B={self.B_dtype}"
         )
 
     @staticmethod
     def parse(text: str) -> Shape:
         """The shape whose string is ``text``."""
-        pattern = r"(\S+) N=(\d+) d=(\d+) k=(\d+) r=(\d+) s=(\d+) dtype=(\w+) router=(\d+)x(\w+) B=(\w+)"
+        pattern = r"(\S+) N=(\d+) d=(\d+) k=(\d+) r=(\d+) s=(\d+) dtype=(\w+) router=(static)?(\d+)x(\w+) B=(\w+)"
         match = re.fullmatch(pattern, text)
         if match is None:
             raise SystemExit(f"range {text!r} holds no sizes: --parse reads profiles of this script's replays")
-        layer, *sizes, dtype, rows, router_dtype, B_dtype = match.groups()
-        return Shape(layer, *map(int, sizes), int(rows) == 1, dtype, router_dtype, B_dtype)
+        layer, *sizes, dtype, static, rows, router_dtype, B_dtype = match.groups()
+        return Shape(layer, *map(int, sizes), int(rows) == 1, dtype, router_dtype, B_dtype, bool(static))
 
     def limit(self, phase: str) -> int:
         """DRAM bytes that this phase of a training step cannot do without."""
         sizes = (self.N, self.d, self.k, self.r, self.s)
         widths = [getattr(torch, name).itemsize for name in (self.dtype, self.B_dtype, self.router_dtype)]
+        router = {"shared_router": self.shared_router, "static_router": self.static_router}
         if phase == "forward":
-            return forward_limit(*sizes, *widths, training=True, shared_router=self.shared_router)
-        return backward_limit(*sizes, *widths, shared_router=self.shared_router)
+            return forward_limit(*sizes, *widths, training=True, **router)
+        return backward_limit(*sizes, *widths, **router)
 
 
 def main() -> None:
@@ -187,7 +190,9 @@ def prepare(shape: Shape, device: str) -> Callable[[], tuple[Tensor, Tensor]]:
     y0 = random(shape.N, shape.d, dtype=shape.dtype).requires_grad_()
     dy = random(shape.N, shape.d, dtype=shape.dtype)
     index = torch.randperm(shape.d, generator=generator, device=device)[: k * r].view(k, r).to(torch.int32)
-    router = random(1 if shape.shared_router else k, r, dtype=shape.router_dtype, scale=(k * r) ** -0.5)
+    rows = 1 if shape.shared_router else k
+    size, scale = ((rows,), 1.0) if shape.static_router else ((rows, r), (k * r) ** -0.5)
+    router = random(*size, dtype=shape.router_dtype, scale=scale)
     B = random(shape.d // s, r // s, dtype=shape.B_dtype, scale=(r // s) ** -0.5)
     router.requires_grad_()
     B.requires_grad_()

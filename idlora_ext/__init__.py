@@ -10,6 +10,7 @@ from . import integration, native, ops, profiling
 from .checkpoint import load, save
 from .config import IdLoraConfig
 from .layer_summary import Summary, summary
+from .lora_export import to_lora
 from .mixed_batches import adapter_names
 from .model import IdLoraModel
 from .patching import apply
@@ -30,6 +31,7 @@ __all__ = [
     "remove",
     "save",
     "summary",
+    "to_lora",
 ]
 
 integration.teach_trainer()

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ from .fingerprint import difference
 from .layer import IdLoraLayer
 
 TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: dict[str, Tensor]) -> None:
@@ -48,15 +48,15 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
             f"base_mismatch must be one of {', '.join(get_args(BaseMismatch))}, got {config.base_mismatch!r}"
         )
     layers = {
-        name.removeprefix(_PREFIX): module
+        name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B
     }
     found: dict[str, dict[str, Tensor]] = {}
     unexpected = []
-    known = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in model.state_dict().items()}
+    known = {name.removeprefix(PREFIX): tensor.shape for name, tensor in model.state_dict().items()}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         layer, _, tensor_name = name.rpartition(".")
         if layer in layers and tensor_name in TENSORS:
             found.setdefault(layer, {})[tensor_name] = tensor
@@ -115,7 +115,7 @@ def _belongs_to_saved_module(model: nn.Module, name: str) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return any(
-        name.startswith(path.removeprefix(_PREFIX) + ".")
+        name.startswith(path.removeprefix(PREFIX) + ".")
         for path, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     )
@@ -165,6 +165,15 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
         OSError: the directory cannot be written (on every rank of a sharded model).
         ValueError: the model has no such adapter, or its tensors are still to be loaded.
     """
+    config, tensors = adapter_state(model, adapter_name)
+    if any(map(distributed.is_sharded, model.parameters())):
+        distributed.on_first_rank(lambda: write(directory, config, tensors))
+    else:
+        write(directory, config, tensors)
+
+
+def adapter_state(model: nn.Module, adapter_name: str) -> tuple[IdLoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration, and its tensors under the names they have in its file."""
     holder = model.base_model if isinstance(model, PeftModel) else model
     config = getattr(holder, "peft_config", {}).get(adapter_name)
     if not isinstance(config, IdLoraConfig):
@@ -172,21 +181,17 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
     for name, module in model.named_modules():
         if isinstance(module, IdLoraLayer) and adapter_name in module.pending:
             raise ValueError(f"save: layer {name!r} of adapter {adapter_name!r} has no rows yet: load or choose them")
-    sharded = any(map(distributed.is_sharded, model.parameters()))
     with distributed.gathered(model, f".{adapter_name}"):
         tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        tensors = {_PREFIX + key.removeprefix(_PREFIX): _for_file(t) for key, t in tensors.items()}
-    if sharded:
-        distributed.on_first_rank(lambda: _write(directory, config, tensors))
-    else:
-        _write(directory, config, tensors)
+        return config, {PREFIX + key.removeprefix(PREFIX): _for_file(t) for key, t in tensors.items()}
 
 
 def _for_file(tensor: Tensor) -> Tensor:
     return distributed.full(tensor.detach()).cpu().contiguous()
 
 
-def _write(directory: str | os.PathLike[str], config: IdLoraConfig, tensors: dict[str, Tensor]) -> None:
+def write(directory: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Write a configuration and its tensors as PEFT does; nothing is left half-written."""
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as partial:
         config.save_pretrained(partial)
@@ -226,7 +231,7 @@ def load(
     config = read_config(directory)
     tensors = read_tensors(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     if not isinstance(model, PeftModel):  # PEFT looks for modules_to_save under the model's own names
-        tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config.base_mismatch = base_mismatch
     config.inference_mode = not is_trainable
     if _has_adapter(model, adapter_name):

@@ -20,7 +20,7 @@ ADAPTER_OPTIONS = (
     ("num_clusters", int, "clusters of rows, k (default 4); a layer needs k * r output features"),
     ("rank_boost", int, "rank-boost factor s (default 2): B is [d/s, r/s] and used s times"),
     ("scaling", float, "factor on the update (default 1.0)"),
-    ("router", str, "form of the router (default linear)"),
+    ("router", str, "form of the router: linear (default), or static, which can be merged and exported"),
     ("selection", str, "how rows are chosen: nearest to each centroid (default), sequential or random"),
     ("dropout", float, "probability of zeroing entries of z in training (default 0)"),
     ("rank_fit", str, "layers too narrow for k * r rows: shrink their rank (default) or error"),
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"idlora_ext {__version__}")
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_finetune, _add_generate, _add_inspect, _add_env):
+    for add in (_add_finetune, _add_generate, _add_inspect, _add_export, _add_env):
         command = add(commands)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="on an error, show the traceback")
@@ -201,6 +201,22 @@ loading its weights. Layers are shown by kind; --layers lists each.""",
     return parser
 
 
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write an adapter in another format",
+        description="Write an adapter of router=static as a plain LoRA, which PEFT loads without this package.",
+        epilog="example:\n  idlora export run --base ./model --to lora --output run-lora",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
+    parser.add_argument("--base", metavar="MODEL", required=True, help="the model the adapter was made from")
+    parser.add_argument("--to", choices=("lora",), required=True, help="the format")
+    parser.add_argument("--output", metavar="DIR", required=True, help="where the LoRA goes; new or empty")
+    _add_dtype(parser)
+    parser.set_defaults(run=_export)
+    return parser
+
+
 def _add_env(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "env",
@@ -303,6 +319,22 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.plot:
         inspection.plot_alpha(report, args.plot)
     print(json.dumps(report, indent=2) if args.json else inspection.table(report, every_layer=args.layers))
+
+
+def _export(args: argparse.Namespace) -> None:
+    _need_model(args.base)
+    if Path(args.output).exists() and any(Path(args.output).iterdir()):
+        raise ValueError(f"{args.output}: is not empty, and an export replaces nothing: give another --output")
+    from .checkpoint import read_config
+    from .inspection import load_adapted
+    from .lora_export import to_lora
+    from .merging import MERGE_REFUSED
+
+    _quiet()
+    if read_config(args.adapter).router != "static":  # said before the model is loaded
+        raise ValueError(f"{args.adapter}: {MERGE_REFUSED}")
+    to_lora(load_adapted(args.base, args.adapter, args.dtype), args.output)
+    print(f"written to {args.output}")
 
 
 def _env(args: argparse.Namespace) -> None:

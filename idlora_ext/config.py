@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from . import integration  # noqa: F401  (adds PeftType.IDLORA)
 
-Router = Literal["linear"]
+Router = Literal["linear", "static"]
 Selection = Literal["nearest", "sequential", "random"]
 RankFit = Literal["shrink", "error"]
 BaseMismatch = Literal["error", "warn"]
@@ -22,15 +22,18 @@ class IdLoraConfig(PeftConfig):
     """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``.
 
     Source: arXiv 2602.20727, §4; the defaults are the paper's multi-task setting. A layer of ``d`` outputs gets
-    ``d * r / rank_boost^2`` trainable values for ``B`` and ``r`` (or ``num_clusters * r``) for the router ``T``.
+    ``d * r / rank_boost^2`` trainable values for ``B`` and ``r`` (or ``num_clusters * r``) for the router ``T``
+    (a static one: 1 or ``num_clusters``).
 
     Args:
         r: rank: rows per cluster. Must be a multiple of ``rank_boost``.
         num_clusters: ``k``. ``k * r`` rows are chosen, so a layer needs ``d >= k * r`` (see ``rank_fit``).
         rank_boost: ``s``: ``B`` is ``[d/s, r/s]`` and is used ``s`` times. 1 is the paper's "without RB".
         scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
-        router: ``"linear"``: ``a_i = <T_i, x_i>``.
-        shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each.
+        router: ``"linear"``: ``a_i = <T_i, x_i>``. ``"static"``: ``z = sum_i a_i x_i``, ``a_i`` learned constants that
+            start at 1: the update is then a matrix of rank ``r``, which can be merged into ``W`` or exported as a LoRA.
+        shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
+            router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
         selection: which rows become ``A_i``: ``"nearest"`` to each centroid (the paper), or its ablations
             ``"sequential"`` and ``"random"``.
         dropout: probability of zeroing entries of ``z`` while training.

@@ -55,6 +55,15 @@ class UnfusedExperts(nn.Module):
         base: nn.Module = self.base_layer
         return base
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT calls on a module that holds adapted layers, in ``unload`` and ``merge_and_unload``."""
+        for module in self.modules():
+            if merge and isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states [N, h]``, ``top_k_index [N, top_k]`` and ``top_k_weights [N, top_k]`` to ``[N, h]``.
 

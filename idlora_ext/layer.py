@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +20,7 @@ from .config import IdLoraConfig
 from .experts import ExpertLinear
 from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
+from .merging import MergeableLayer
 
 if TYPE_CHECKING:
     from .mixed_batches import MixedBatch
@@ -38,10 +38,11 @@ def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
     return widest - widest % rank_boost
 
 
-class IdLoraLayer(BaseTunerLayer):
+class IdLoraLayer(MergeableLayer):
     """What every adapted layer holds, by adapter name (arXiv 2602.20727, §4).
 
-    ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``.
+    ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``;
+    static: ``a``, ``[1]`` or ``[k]``.
     ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
     ``name`` is the layer's in its model, for profilers.
     """
@@ -79,8 +80,13 @@ class IdLoraLayer(BaseTunerLayer):
         self.quantization_backend = integration.quantization_backend(base, quantization or {})
 
     def get_base_weight(self) -> Tensor:
-        """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them."""
+        """``W [d, d_in]``, dequantised and gathered: all ranks must ask for a weight that is sharded over them.
+
+        Without what is merged into it.
+        """
         base = self.get_base_layer()
+        if self.unmerged_weight is not None:
+            return self.unmerged_weight.to(stored(base).device)
         weight = distributed.whole(stored(base), lambda: base_weight(base, self.quantization_backend))
         expected = (self.out_features, self.in_features)
         if weight.shape != expected:
@@ -99,8 +105,9 @@ class IdLoraLayer(BaseTunerLayer):
         # Else with the rows, so that W is dequantised only once. Ranks that share out the rows compare it before.
         if config.index_stored or stored(base).is_meta or distributed.world_size() > 1:
             self._take_fingerprint(adapter_name, self.get_base_weight())
-        router = torch.zeros(1 if config.shared_router else k, r, device=device, dtype=dtype)
-        self.idlora_router[adapter_name] = nn.Parameter(router)
+        rows = 1 if config.shared_router else k
+        router = torch.ones(rows) if config.router == "static" else torch.zeros(rows, r)
+        self.idlora_router[adapter_name] = nn.Parameter(router.to(device, dtype))
         self.idlora_B[adapter_name] = nn.Parameter(torch.zeros(d // s, r // s, device=device, dtype=dtype))
         self.scaling[adapter_name] = self.configured_scaling[adapter_name] = config.scaling
         self.dropout[adapter_name] = config.dropout
@@ -121,7 +128,8 @@ class IdLoraLayer(BaseTunerLayer):
         weight = self.get_base_weight() if weight is None else weight
         self._take_fingerprint(adapter_name, weight)
         self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
-        start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
+        if not self.is_static(adapter_name):
+            start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
         self.pending.discard(adapter_name)
 
     def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
@@ -131,7 +139,13 @@ class IdLoraLayer(BaseTunerLayer):
         self.idlora_fingerprint[adapter_name] = fingerprint(weight, dtype).to(device)
 
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
-        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32."""
+        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
+
+        A static router's do not depend on ``h``.
+        """
+        if self.is_static(adapter_name):
+            k = len(self.idlora_index[adapter_name])
+            return self.idlora_router[adapter_name].float().expand(*h.shape[:-1], k)
         y0, bias, bias_in_y0 = self._base_output(h)
         x = self._gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
         return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
@@ -189,18 +203,6 @@ class IdLoraLayer(BaseTunerLayer):
     def _active_here(self) -> list[str]:
         return [adapter for adapter in self.active_adapters if adapter in self.idlora_B]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge(self) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-
-MERGE_REFUSED = (
-    "ID-LoRA with a linear router cannot be merged: its weights a_i = <T_i, A_i h> depend on the token, "
-    "so no single W holds the update. Keep the adapter attached, or remove it with unload() or idlora_ext.remove()."
-)
-
 
 class Linear(nn.Module, IdLoraLayer):
     """``y = h W^T + b + scaling * concat_j(B z^(j))`` for whatever returns ``h W^T + b``."""
@@ -226,7 +228,7 @@ class Linear(nn.Module, IdLoraLayer):
         if self.training and h.requires_grad:
             integration.refuse_training_through_packed(self.name, self.base_layer)
         adapters = [] if self.disable_adapters else self._active_here()
-        if not adapters:
+        if not adapters or self.merged:
             return self.base_layer(h, *args, **kwargs)
         self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)

@@ -17,12 +17,12 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import distributed, integration
+from . import distributed, integration, merging
 from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
-from .layer import MERGE_REFUSED, IdLoraLayer, Linear, fit_rank
+from .layer import IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
 from .restore import ModelState, remember_trainable
 
@@ -262,8 +262,22 @@ class IdLoraModel(BaseTuner):
         with adapter_names(self.model, names, num_beams=integration.repeated_rows(kwargs)):
             yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        merging.check(self.model, adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            merging.check(self.model, adapter_names, safe_merge)
+        else:  # the original base model, as PEFT promises
+            self.unmerge_adapter()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         integration.allow_adapter_names(model)
         return model
 
@@ -273,9 +287,6 @@ class IdLoraModel(BaseTuner):
             "no such form. Activate both, which sums them: model.base_model.set_adapter([name, other]); "
             "their weights are set_scale(name, weight) on every layer."
         )
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REFUSED)
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

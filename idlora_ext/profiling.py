@@ -123,20 +123,20 @@ def captured_shapes(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
     Returns:
         A list that fills as layers run, each with each set of sizes once: ``layer``, ``N``, ``d``, ``k``, ``r``, ``s``,
-        ``shared_router``, ``dtype`` of the activation, ``router_dtype`` and ``B_dtype``.
+        ``shared_router``, ``static_router``, ``dtype`` of the activation, ``router_dtype`` and ``B_dtype``.
     """
     from .layer import IdLoraLayer  # which imports this module
 
     shapes: list[dict[str, Any]] = []
 
     def record(module: IdLoraLayer, args: Any, y: Tensor) -> None:
-        for adapter in () if module.disable_adapters else module.active_adapters:
+        for adapter in () if module.disable_adapters or module.merged else module.active_adapters:
             if adapter not in module.idlora_B:
                 continue
             index, router, B = module._tensors(adapter, y.dtype)
             d, (k, r) = y.shape[-1], index.shape
             shape = {"layer": module.name, "N": y.numel() // d, "d": d, "k": k, "r": r, "s": d // B.shape[0]}
-            shape["shared_router"] = router.shape[0] == 1
+            shape |= {"shared_router": router.shape[0] == 1, "static_router": router.ndim == 1}
             for key, tensor in (("dtype", y), ("router_dtype", router), ("B_dtype", B)):
                 shape[key] = str(tensor.dtype).removeprefix("torch.")
             if shape not in shapes:

@@ -357,6 +357,7 @@ SCENARIOS = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "tensor_parallel": tensor_parallel,
+    "tensor_parallel_static": lambda directory: tensor_parallel(directory, router="static", shared_router=False),
     "tensor_parallel_routers": lambda directory: tensor_parallel(directory, shared_router=False, rank_boost=4),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
     "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
