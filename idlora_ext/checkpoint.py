@@ -62,7 +62,7 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
             found.setdefault(layer, {})[tensor_name] = tensor
         elif name not in known and not _belongs_to_saved_module(model, name):
             unexpected.append(key)
-        elif name in known and tensor.shape != known[name]:  # such as an embedding that was resized
+        elif name in known and known[name].numel() and tensor.shape != known[name]:  # such as a resized embedding
             raise ValueError(f"{name}: the file has shape {list(tensor.shape)}, the model {list(known[name])}")
     missing = [f"{layer}.{t}" for layer in layers for t in TENSORS if t not in found.get(layer, {})]
     if missing:

@@ -290,9 +290,13 @@ class IdLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call)."""
+        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call).
+
+        Under the layer's own name, also where another tuner has wrapped it since: so the file fits the base model.
+        """
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
-        return {name: distributed.full(tensor) for name, tensor in tensors.items()}
+        own = {name.replace(".base_layer.idlora_", ".idlora_"): tensor for name, tensor in tensors.items()}
+        return {name: distributed.full(tensor) for name, tensor in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -84,10 +84,10 @@ def test_another_tuners_layers_are_refused_and_its_neighbours_adapted(row, tmp_p
     assert torch.equal(output(idlora_ext.load(model, tmp_path, "mine")), both)
 
 
-def test_lora_can_come_on_top(row):
+def test_lora_can_come_on_top(row, tmp_path):
     row = row._replace(layer="model.layers.0.self_attn.q_proj", one="q_proj") if row is ROWS["moe"] else row
     model = idlora_ext.apply(row.make(), settings(row))
-    randomize_adapter(model)
+    before = output(randomize_adapter(model))
     h = torch.randn(3, layers_of(model)[row.layer].in_features)
     ours = model.get_submodule(row.layer)(h)
     peft.inject_adapter_in_model(LoraConfig(target_modules=[row.one], init_lora_weights=False), model, "lora")
@@ -95,6 +95,8 @@ def test_lora_can_come_on_top(row):
     assert isinstance(lora, peft.tuners.lora.LoraLayer)
     update = lora.lora_B["lora"](lora.lora_A["lora"](h)) * lora.scaling["lora"]
     torch.testing.assert_close(lora(h), ours + update)
+    idlora_ext.save(model, tmp_path)  # under the layers' own names: it fits the base model
+    assert torch.equal(output(idlora_ext.load(row.make(), tmp_path)), before)
 
 
 def test_a_peft_model_of_another_tuner_is_refused(row):
