@@ -131,6 +131,21 @@ def quantised(request, tmp_path):
     return lambda seed=0: quantise(original(seed), tmp_path / f"base-{seed}")
 
 
+def test_merging_is_refused_and_export_reads_the_dequantised_rows(quantised):
+    model = randomize_adapter(get_peft_model(quantised(), IdLoraConfig(router="static", **FIELDS)), std=0.3).eval()
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"layer 'model.* cannot be merged: W is quantised.*full precision"):
+            merge()
+        assert torch.equal(logits(model), before)
+    for layer in layers_of(model).values():
+        update = layer.get_delta_weight("default")
+        h = torch.randn(5, layer.in_features, dtype=torch.float32)
+        with torch.no_grad():
+            difference = layer(h) - layer.base_layer(h) - h @ update.T
+        assert difference.norm() < 0.05 * (h @ update.T).norm()  # 8-bit layers round their input too
+
+
 def test_layers_are_base_output_and_adapter_on_it_alone(quantised):
     """The base layer is called as it is, bias and all; its weights are read once for each layer and never again."""
     model = quantised()
