@@ -503,3 +503,13 @@ def test_documented_defaults_are_the_real_ones() -> None:
         default = getattr(config, name)
         assert parsed[name] is None
         assert default is None or f"{default:g}" in text if isinstance(default, float) else str(default or "") in text
+
+
+def test_a_static_router_is_trained_inspected_and_exported(model, pairs, tmp_path, capsys):
+    adapter, lora = str(tmp_path / "run"), str(tmp_path / "lora")
+    options = ["--steps", "2", "--every", "2", *ADAPTER, "--router", "static"]
+    assert main(["finetune", model, pairs, "--output", adapter, *options]) == 0
+    assert main(["inspect", adapter, "--base", model, "--text", pairs]) == 0
+    assert "a: the router's weights a_i" in capsys.readouterr().out
+    assert main(["export", adapter, "--base", model, "--to", "lora", "--output", lora]) == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
