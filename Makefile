@@ -1,6 +1,7 @@
 # make demo: fine-tune a real language model and see the difference.  make test: lint, types, tests.
 # Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
 # environment variables choose what is built; after changing one, make clean).
+# make test-versions: what touches PEFT, under the oldest versions of PEFT and transformers that are supported.
 # make test-fallback: the operators' tests without the native module, and with one built without CUDA.
 
 PYTHON ?= python3
@@ -10,9 +11,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VERSIONS_TESTS := tests/test_versions.py tests/test_tuner.py tests/test_checkpoint.py tests/test_failures.py tests/test_trainer.py tests/test_mixed_batches.py \
+	$(wildcard tests/test_peft_*.py)
 FALLBACK_TESTS := tests/test_ops.py tests/test_native.py tests/test_clustering.py
 
-.PHONY: demo test test-fallback lint types unit bench clean
+.PHONY: demo test test-versions test-fallback lint types unit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -28,6 +31,16 @@ types: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A throw-away environment that holds the two packages, and takes all others from $(VENV).
+test-versions: $(INSTALLED)
+	rm -rf build/oldest
+	$(BIN)/python -m venv build/oldest
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$(build/oldest/bin/python -c "import site; print(site.getsitepackages()[0])")/others.pth
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$$($(BIN)/python -c "from idlora_ext.tested_versions import oldest; print(*oldest())")
+	build/oldest/bin/python -m pytest $(VERSIONS_TESTS)
 
 test-fallback: $(INSTALLED)
 	IDLORA_NATIVE=0 $(BIN)/pytest $(FALLBACK_TESTS)

@@ -6,6 +6,9 @@
 ``IdLoraConfig`` also works with PEFT's ``get_peft_model`` and transformers' ``add_adapter`` and ``load_adapter``.
 """
 
+from . import tested_versions  # first: under another PEFT what follows may not even be found
+
+# isort: split
 from . import integration, native, ops, profiling
 from .checkpoint import load, save
 from .config import IdLoraConfig
@@ -31,9 +34,11 @@ __all__ = [
     "remove",
     "save",
     "summary",
+    "tested_versions",
     "to_lora",
 ]
 
 integration.teach_trainer()
 integration.teach_accelerate()
 integration.teach_peft_model()
+integration.teach_refusals()

@@ -20,11 +20,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import integration
+from .integration import ForwardOnlyQuantizationBackend, QuantizationBackend
 
 _CHUNK = 256  # columns of W read through a layer at a time
 

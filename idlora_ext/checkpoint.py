@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import distributed
 from .config import BaseMismatch, IdLoraConfig
 from .fingerprint import difference
+from .integration import AuxiliaryTrainingWrapper
 from .layer import IdLoraLayer
 
 TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint")
@@ -112,8 +113,6 @@ def _verify_layer(name: str, layer: IdLoraLayer, adapter_name: str, tensors: dic
 
 def _belongs_to_saved_module(model: nn.Module, name: str) -> bool:
     """Whether a tensor is of a module that PEFT saves in full (``modules_to_save``), under its original name."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     return any(
         name.startswith(path.removeprefix(PREFIX) + ".")
         for path, module in model.named_modules()

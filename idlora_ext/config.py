@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
-from peft.utils.other import get_pattern_key
 
-from . import integration  # noqa: F401  (adds PeftType.IDLORA)
+from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
 Router = Literal["linear", "static"]
 Selection = Literal["nearest", "sequential", "random"]

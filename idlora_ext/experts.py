@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from .integration import BaseTunerLayer
 
 FUSED_FROM = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}  # names in transformers 4
 

@@ -1,6 +1,26 @@
 """Every touch on the internals of PEFT and transformers that is not part of their documented interface.
 
-Tested with PEFT 0.21 and transformers 5.23. Each function says what it relies on.
+The range that is tested is in ``tested_versions.py``. Each import and each function says what it relies on.
+
+:class:`idlora_ext.model.IdLoraModel` overrides these methods of ``BaseTuner``, which are where it is called from:
+
+==========================================  ===========================================================================
+``inject_adapter``                          called once for each adapter, which ``peft_config`` already holds
+``_prepare_model``                          called by it before "all-linear" is resolved and the modules are listed
+``_create_and_replace``                     called for every targeted module, and for nothing inside an adapted layer
+``_check_target_module_exists``             asked for every module; an ``_ExcludedModule`` is one that was excluded
+``_replace_module``                         called to put a layer in, and by ``unload`` to put its base layer back
+``_enable_peft_forward_hooks``              entered by ``PeftModel`` around ``forward`` and ``generate``, with their
+                                            arguments
+``_check_merge_allowed``                    called before any layer is merged
+``_unload_and_optionally_merge``            all of ``unload`` and ``merge_and_unload``
+``_get_adapter_state_dict``                 called for what is saved (since PEFT 0.21)
+``_remove_adapter_name_from_key``           gives a tensor's name in the file; loading inverts it (0.21)
+``_remap_adapter_state_dict_for_load``      called with a file's tensors before any is copied (0.21)
+==========================================  ===========================================================================
+
+:class:`idlora_ext.layer.IdLoraLayer` relies on ``BaseTunerLayer`` treating every dictionary named in
+``adapter_layer_names`` and ``other_param_names`` by adapter name: deleting, freezing and moving go through them.
 """
 
 from __future__ import annotations
@@ -10,12 +30,44 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import peft.mixed_model
+import peft.utils.hotswap
 import transformers
 from peft import PeftConfig, PeftModel, PeftType
+
+# The registry that register_peft_method fills, by PeftType.
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+
+# Like nn.ParameterDict, for buffers: indexing, deleting, `in`, names in the state dict, moving with the module.
+from peft.tuners._buffer_dict import BufferDict as BufferDict
+
+# What PEFT's documentation has new methods derive from.
+from peft.tuners.tuners_utils import BaseTuner as BaseTuner
+from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer
+
+# The false value with which check_target_module_exists tells "excluded" from "not targeted".
+from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule  # noqa: F401
+
+# Resolves "all-linear" to names, in the configuration itself.
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+# Which of the adapters to merge, with PEFT's warnings of those that are merged already.
+from peft.tuners.tuners_utils import check_adapters_to_merge as check_adapters_to_merge
+
+# PEFT's targeting: names or pattern, exclude_modules, layers_to_transform.
+from peft.tuners.tuners_utils import check_target_module_exists as check_target_module_exists
+
+# What modules_to_save puts around a module: `original_module`, `_adapters`, `_active_adapter`, `delete_adapter`.
+from peft.utils.other import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+
+# The first key of a pattern dictionary that a layer's name ends with, else the name itself.
+from peft.utils.other import get_pattern_key as get_pattern_key
+
+# Reading (and, for merging, writing) the weights of quantised layers.
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend as ForwardOnlyQuantizationBackend
+from peft.utils.quantization_utils import QuantizationBackend as QuantizationBackend
+from peft.utils.quantization_utils import get_quantization_kwargs as get_quantization_kwargs
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -241,6 +293,42 @@ def teach_peft_model() -> None:
 
     enable._idlora = True  # type: ignore[attr-defined]
     PeftModel._enable_peft_forward_hooks = enable
+
+
+def teach_refusals() -> None:
+    """Let PEFT's refusals of what it has for LoRA only name the way out for ID-LoRA.
+
+    Relies on ``PeftMixedModel`` asking ``_check_config_compatible(peft_config)``, and ``hotswap_adapter`` asking
+    ``check_hotswap_configs_compatible(config0, config1)``, before they change anything, by their names in the module.
+    """
+
+    def refuse(module: Any, function: str, way_out: str) -> None:
+        original = getattr(module, function)
+        if hasattr(original, "_idlora"):
+            return
+
+        @functools.wraps(original)
+        def check(*configs: PeftConfig) -> None:
+            if any(config.peft_type == PeftType.IDLORA for config in configs):
+                raise ValueError(way_out)
+            original(*configs)
+
+        check._idlora = True  # type: ignore[attr-defined]
+        setattr(module, function, check)
+
+    refuse(
+        peft.mixed_model,
+        "_check_config_compatible",
+        "PeftMixedModel does not take ID-LoRA. Several ID-LoRA adapters can be active at once: "
+        "get_peft_model without mixed=True, then model.base_model.set_adapter([...]). Beside an adapter of another "
+        "method on other layers, use idlora_ext.apply or inject_adapter_in_model.",
+    )
+    refuse(
+        peft.utils.hotswap,
+        "check_hotswap_configs_compatible",
+        "hotswap_adapter takes LoRA only. idlora_ext.load(model, directory, adapter_name) replaces the tensors of an "
+        "ID-LoRA adapter in place.",
+    )
 
 
 def quantization_backend(base_layer: nn.Module, arguments: dict[str, Any]) -> QuantizationBackend | None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from .config import IdLoraConfig
 from .experts import ExpertLinear
 from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
+from .integration import BufferDict
 from .merging import MergeableLayer
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import distributed
 from .base_weight import base_weight, is_quantised, stored
 from .fakes import accumulate
+from .integration import BaseTunerLayer, check_adapters_to_merge
 
 MERGE_REFUSED = (
     "with a linear router it cannot be merged, nor exported as a LoRA: its weights a_i = <T_i, A_i h> depend on the "

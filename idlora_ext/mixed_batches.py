@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import integration
+from .integration import BaseTunerLayer
 
 if TYPE_CHECKING:
     from .layer import IdLoraLayer

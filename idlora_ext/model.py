@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,6 +20,7 @@ from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
+from .integration import BaseTuner, BaseTunerLayer, ExcludedModule, check_target_module_exists, get_quantization_kwargs
 from .layer import IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
 from .restore import ModelState, remember_trainable
@@ -152,7 +151,7 @@ class IdLoraModel(BaseTuner):
             return [self._check_target_module_exists(config, f"{module}.{expert}.{name}") for expert in range(count)]
 
         whole, each = self._check_target_module_exists(config, module), asks(parameter)
-        if isinstance(whole, _ExcludedModule) or all(isinstance(found, _ExcludedModule) for found in each):
+        if isinstance(whole, ExcludedModule) or all(isinstance(found, ExcludedModule) for found in each):
             return False
         if whole or any(each) or str(config.target_modules).lower() == "all-linear":
             return True

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import integration
 from .experts import fuse
+from .integration import AuxiliaryTrainingWrapper, BaseTunerLayer
 from .layer import IdLoraLayer
 
 _TRAINABLE = "_idlora_trainable"  # on an adapted model: names of the parameters that were trainable before

@@ -469,9 +469,12 @@ def idlora(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_as_a_program(run: Path) -> None:
     inspect, error = idlora("inspect", str(run)), idlora("generate", "./missing", "--adapter", str(run))
-    assert (inspect.returncode, inspect.stderr) == (0, "")
+    # PEFT imports bitsandbytes where it is installed, which may say this of itself.
+    lines = [line for line in inspect.stderr.splitlines() if "from kernels-community" not in line]
+    assert (inspect.returncode, lines) == (0, [])
     assert "14 layers" in inspect.stdout
-    assert (error.returncode, error.stderr) == (2, "idlora: error: ./missing: no such model directory\n")
+    assert error.returncode == 2
+    assert error.stderr.endswith("idlora: error: ./missing: no such model directory\n")
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"], *([name, "--help"] for name in ("finetune", "generate"))])
