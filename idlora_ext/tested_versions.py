@@ -1,8 +1,8 @@
 """The versions of PEFT and transformers that are tested: ``make test-versions`` the oldest, ``make test`` the newest.
 
 PEFT 0.20 and older lack the hooks between a file and the model with which adapters are checked
-(``_remap_adapter_state_dict_for_load``); 0.21.0 and 0.21.1 wrap no encoder-decoder of transformers 5.20. Each release of
-transformers names the PEFT it wants: 5.24 wants 0.22.
+(``_remap_adapter_state_dict_for_load``); 0.21.0 and 0.21.1 wrap no encoder-decoder of transformers 5.20. Each release
+of transformers names the PEFT it wants: 5.24 wants 0.22.
 """
 
 from __future__ import annotations
