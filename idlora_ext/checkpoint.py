@@ -49,7 +49,7 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
             f"base_mismatch must be one of {', '.join(get_args(BaseMismatch))}, got {config.base_mismatch!r}"
         )
     layers = {
-        name.removeprefix(PREFIX): module
+        name.removeprefix(PREFIX).removesuffix(".base_layer"): module  # of another tuner, put around it since
         for name, module in model.named_modules()
         if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B
     }

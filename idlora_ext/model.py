@@ -117,8 +117,9 @@ class IdLoraModel(BaseTuner):
 
         PEFT calls this before it resolves "all-linear", to ``nn.Linear`` and ``Conv1D`` only, and lists the modules of
         the model. What looks like fused linear layers, is targeted and cannot be opened is an error: never silently
-        left frozen.
+        left frozen. Nor are layers that another tuner has adapted, which PEFT would not count as linear.
         """
+        _refuse_foreign_layers(peft_config, model)
         unsupported = []
         for name, module in list(model.named_modules()):
             parent, _, child = name.rpartition(".")
@@ -289,13 +290,15 @@ class IdLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call).
-
-        Under the layer's own name, also where another tuner has wrapped it since: so the file fits the base model.
-        """
+        """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call)."""
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
-        own = {name.replace(".base_layer.idlora_", ".idlora_"): tensor for name, tensor in tensors.items()}
-        return {name: distributed.full(tensor) for name, tensor in own.items()}
+        return {name: distributed.full(tensor) for name, tensor in tensors.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's hook for names in the file: the layer's own, also where another tuner has wrapped it since."""
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return name.replace(".base_layer.idlora_", ".idlora_")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -340,6 +343,24 @@ def _gather(pattern: str, names: Iterable[str]) -> list[str]:
         ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
         result.append(head + (f"{{{ranges}}}" if len(numbers) > 1 else ranges) + tail)
     return result
+
+
+def _refuse_foreign_layers(config: PeftConfig, model: nn.Module) -> None:
+    if str(config.target_modules).lower() != "all-linear":
+        return  # a layer that is named is refused as such
+    foreign = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, IdLoraLayer)
+        and not isinstance(check_target_module_exists(config, name), ExcludedModule)
+    ]
+    if foreign:
+        raise ValueError(
+            'target_modules="all-linear" takes in layers that another tuner has adapted: '
+            + ", ".join(brief(foreign))
+            + ". Name other layers in target_modules, these in exclude_modules, or remove that adapter (unload) first."
+        )
 
 
 def _refuse_existing(model: nn.Module, adapter_name: str) -> None:

@@ -84,6 +84,21 @@ def test_another_tuners_layers_are_refused_and_its_neighbours_adapted(row, tmp_p
     assert torch.equal(output(idlora_ext.load(model, tmp_path, "mine")), both)
 
 
+def test_all_linear_does_not_pass_over_another_tuners_layers(row):
+    model = row.make()
+    peft.inject_adapter_in_model(LoraConfig(target_modules=[row.one], init_lora_weights=False), model, "lora")
+    before = state_of(model)
+    with pytest.raises(
+        ValueError, match=rf'"all-linear" takes in layers that another tuner has adapted: .*({row.one}|experts)'
+    ):
+        idlora_ext.apply(model, settings(row), adapter_name="mine")
+    assert state_of(model) == before
+    excluded = [row.one, "experts", *(settings(row).exclude_modules or [])]
+    idlora_ext.apply(model, settings(row, exclude_modules=excluded), adapter_name="mine")
+    assert layers_of(model)
+    assert row.layer not in layers_of(model)
+
+
 def test_lora_can_come_on_top(row, tmp_path):
     row = row._replace(layer="model.layers.0.self_attn.q_proj", one="q_proj") if row is ROWS["moe"] else row
     model = idlora_ext.apply(row.make(), settings(row))
@@ -97,6 +112,11 @@ def test_lora_can_come_on_top(row, tmp_path):
     torch.testing.assert_close(lora(h), ours + update)
     idlora_ext.save(model, tmp_path)  # under the layers' own names: it fits the base model
     assert torch.equal(output(idlora_ext.load(row.make(), tmp_path)), before)
+    B = layers_of(model)[row.layer + ".base_layer"].idlora_B["default"]
+    stored = B.detach().clone()
+    B.data.zero_()
+    idlora_ext.load(model, tmp_path)  # and in place
+    assert torch.equal(B, stored)
 
 
 def test_a_peft_model_of_another_tuner_is_refused(row):
