@@ -467,14 +467,16 @@ def idlora(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "idlora_ext", *argv], capture_output=True, text=True, timeout=120)
 
 
+def stderr_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """All but what bitsandbytes may say of itself: PEFT imports it where it is installed."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+
+
 def test_as_a_program(run: Path) -> None:
     inspect, error = idlora("inspect", str(run)), idlora("generate", "./missing", "--adapter", str(run))
-    # PEFT imports bitsandbytes where it is installed, which may say this of itself.
-    lines = [line for line in inspect.stderr.splitlines() if "from kernels-community" not in line]
-    assert (inspect.returncode, lines) == (0, [])
+    assert (inspect.returncode, stderr_lines(inspect)) == (0, [])
     assert "14 layers" in inspect.stdout
-    assert error.returncode == 2
-    assert error.stderr.endswith("idlora: error: ./missing: no such model directory\n")
+    assert (error.returncode, stderr_lines(error)) == (2, ["idlora: error: ./missing: no such model directory"])
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"], *([name, "--help"] for name in ("finetune", "generate"))])
