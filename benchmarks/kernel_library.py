@@ -10,6 +10,7 @@ another device or another order of warps starts another process with another env
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -199,7 +200,7 @@ class Kernels:
         with Memory() as m:
             z = m.empty((x.shape[0], x.shape[2]), torch.float32)
             problem = STRUCTS["RbScaleProblem"](
-                *x.shape, len(router), m.put(x), m.put(router), z.data_ptr(), *_codes(x, router)
+                *x.shape, len(router), m.put(x), m.put(router), z.data_ptr(), *_codes(x, router), router.ndim == 1
             )
             self._call("rb_scale", problem)
         return z
@@ -236,10 +237,12 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         with Memory() as m:
             y = m.empty(tuple(y0.shape), y0.dtype)
-            x = m.empty((len(y0), *index.shape), y0.dtype) if keep_x else None
-            sizes = (*y0.shape, *index.shape, index.shape[1] // B.shape[1], len(router), y0.stride(0))
+            kept = _kept(index, router)
+            x = m.empty((len(y0), *kept), y0.dtype) if keep_x else None
+            x_clusters = math.prod(kept[:-1])
+            sizes = (*y0.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, y0.stride(0))
             pointers = [*map(m.put, (y0, index, router, B, bias)), y.data_ptr(), None if x is None else x.data_ptr()]
-            codes = (*_codes(y0, router, B, bias), bias_in_y0, VARIANTS[variant])
+            codes = (*_codes(y0, router, B, bias), router.ndim == 1, bias_in_y0, VARIANTS[variant])
             self._call("adapt", STRUCTS["AdaptProblem"](*sizes, *pointers, scaling, *codes))
         return y, x
 
@@ -256,15 +259,21 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         with Memory() as m:
             gradients = [m.empty(tuple(t.shape), t.dtype) for t in (dy, router, B)]
-            sizes = (*dy.shape, *index.shape, index.shape[1] // B.shape[1], len(router), dy.stride(0))
+            x_clusters = math.prod(_kept(index, router)[:-1])
+            sizes = (*dy.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, dy.stride(0))
             pointers = [*map(m.put, (dy, x, index, router, B)), *(t.data_ptr() for t in gradients)]
             problem = STRUCTS["AdaptBackwardProblem"](
-                *sizes, *pointers, None, scaling, *_codes(dy, router, B), VARIANTS[variant]
+                *sizes, *pointers, None, scaling, *_codes(dy, router, B), router.ndim == 1, VARIANTS[variant]
             )
             workspace = m.new(self._library.idlora_adapt_backward_workspace(ctypes.byref(problem)))
             problem.workspace = workspace.data_ptr()
             self._call("adapt_backward", problem)
         return gradients[0], gradients[1], gradients[2]
+
+
+def _kept(index: Tensor, router: Tensor) -> tuple[int, ...]:
+    """The last dimensions of the x that is kept: with one constant for all clusters only their sum."""
+    return (index.shape[1],) if router.shape == (1,) else tuple(index.shape)
 
 
 def _codes(activation: Tensor, *others: Tensor | None) -> list[int]:

@@ -106,11 +106,14 @@ class Check {
     return require(k >= 1 && r >= 1 && k * r <= d).tensor(t, {k, r});
   }
 
-  // [k, r], or [1, r] for all clusters.
-  Check& router(Tensor& t, int64_t k, int64_t r, int64_t& rows, Dtype& dtype) {
-    if (!require(t.dim() == 2 && (t.size(0) == k || t.size(0) == 1))) return *this;
-    rows = t.size(0);
-    return parameter(t, {rows, r}, dtype);
+  // [k, r], or [1, r] for all clusters; static: [k], or [1].
+  template <class Problem>
+  Check& router(Tensor& t, Problem& p) {
+    if (!require((t.dim() == 1 || t.dim() == 2) && (t.size(0) == p.k || t.size(0) == 1))) return *this;
+    p.router_rows = t.size(0);
+    p.static_router = t.dim() == 1;
+    return p.static_router ? parameter(t, {p.router_rows}, p.router_dtype)
+                           : parameter(t, {p.router_rows, p.r}, p.router_dtype);
   }
 
   // [d/s, r/s] for one s.
@@ -156,6 +159,17 @@ class Check {
 
 // ---- problems -------------------------------------------------------------------------------------------------------
 
+// Whether of x its sum over the clusters is kept: with one constant for all of them. Then the last dimensions of what is
+// kept are [r], else [k, r].
+template <class Problem>
+bool keeps_sum(const Problem& p) {
+  return p.static_router && p.router_rows == 1;
+}
+template <class Problem>
+std::vector<int64_t> kept_sizes(const Problem& p) {
+  return keeps_sum(p) ? std::vector<int64_t>{p.r} : std::vector<int64_t>{p.k, p.r};
+}
+
 // Whether the native kernels serve these arguments; fills everything in p but the outputs. Tensors that the kernels
 // cannot read as they are are replaced by contiguous copies, which the caller keeps alive.
 
@@ -174,7 +188,7 @@ inline bool fits(RbScaleProblem& p, Tensor& x, Tensor& router) {
   if (!check) return false;
   p.k = x.size(-2), p.r = x.size(-1);
   check.require(p.k >= 1 && p.r >= 1 && p.k * p.r <= std::numeric_limits<int32_t>::max());
-  if (!check.tensor(x, x.sizes()).router(router, p.k, p.r, p.router_rows, p.router_dtype)) return false;
+  if (!check.tensor(x, x.sizes()).router(router, p)) return false;
   p.N = x.numel() / (p.k * p.r);
   p.x = x.const_data_ptr();
   p.router = router.const_data_ptr();
@@ -200,8 +214,9 @@ inline bool fits(AdaptProblem& p, Tensor& y0, Tensor& index, Tensor& router, Ten
                  double scaling, bool bias_in_y0) {
   Check check(y0, 1, p.dtype);
   check.require(bias || !bias_in_y0).rows(y0, p.N, p.d, p.y0_stride).index(index, p.d, p.k, p.r);
-  check.router(router, p.k, p.r, p.router_rows, p.router_dtype).B(B, p.d, p.r, p.s, p.B_dtype);
+  check.router(router, p).B(B, p.d, p.r, p.s, p.B_dtype);
   if (!check.parameter(bias, {p.d}, p.bias_dtype)) return false;
+  p.x_clusters = keeps_sum(p) ? 1 : p.k;
   p.y0 = y0.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
   p.router = router.const_data_ptr();
@@ -217,9 +232,9 @@ inline bool fits(AdaptBackwardProblem& p, Tensor& dy, Tensor& x, Tensor& index, 
                  double scaling) {
   Check check(dy, 1, p.dtype);
   check.require(x.scalar_type() == dy.scalar_type()).rows(dy, p.N, p.d, p.dy_stride).index(index, p.d, p.k, p.r);
-  if (!check || !check.tensor(x, leading(dy, {p.k, p.r}))) return false;
-  check.router(router, p.k, p.r, p.router_rows, p.router_dtype).B(B, p.d, p.r, p.s, p.B_dtype);
-  if (!check) return false;
+  if (!check || !check.router(router, p) || !check.tensor(x, leading(dy, kept_sizes(p)))) return false;
+  if (!check.B(B, p.d, p.r, p.s, p.B_dtype)) return false;
+  p.x_clusters = keeps_sum(p) ? 1 : p.k;
   p.dy = dy.const_data_ptr();
   p.x = x.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();

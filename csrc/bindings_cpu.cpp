@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
                                                     bias_in_y0, save_x);
   Tensor y = new_empty(y0, y0.sizes());
-  Tensor x = new_empty(y0, save_x ? leading(y0, {p.k, p.r}) : std::vector<int64_t>{0});
+  Tensor x = new_empty(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
   if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
     const Tensor parts = matrix(dy, ds);
     Tensor dz = new_empty(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : new_empty(dy, {ds, q});
     addmm(dz, 0, scaling, parts, in_dtype(B, dtype));
-    const Tensor z = in_dtype(rb_scale(x, router), dtype);
+    const Tensor z = in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router), dtype);
     addmm(narrow_dB, 0, scaling, transpose(parts, 0, 1), matrix(z, q));
     if (B.scalar_type() != dtype) dB = in_dtype(narrow_dB, B.scalar_type());
     cpu::adapt_backward_after_gemm(p, dz.const_data_ptr(), torch_threads());

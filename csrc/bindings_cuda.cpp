@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
                                                     bias_in_y0, save_x);
   Guard guard(y0.get_device_index());
   Tensor y = torch::stable::new_empty(y0, y0.sizes());
-  Tensor x = torch::stable::new_empty(y0, save_x ? leading(y0, {p.k, p.r}) : std::vector<int64_t>{0});
+  Tensor x = torch::stable::new_empty(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
   launch("adapt", cuda::launch_adapt, p, y0);

@@ -56,7 +56,7 @@ int main() {
 
   std::vector<float> y(N * d);
   AdaptProblem p{};
-  p.N = N, p.d = d, p.k = k, p.r = r, p.s = s, p.router_rows = k, p.y0_stride = d, p.scaling = 0.7;
+  p.N = N, p.d = d, p.k = k, p.r = r, p.s = s, p.router_rows = p.x_clusters = k, p.y0_stride = d, p.scaling = 0.7;
   p.y0 = y0.data(), p.index = index.data(), p.router = T.data(), p.B = B.data(), p.y = y.data();
   if (idlora_sizeof("AdaptProblem") != sizeof p) return 1;
   idlora_cpu_adapt(&p);

@@ -5,6 +5,8 @@ Tests called ``test_kernel_*`` run once here, on the best instruction set, and o
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -35,11 +37,11 @@ SHAPES = [
 TOKENS = [0, 1, 2, 37, 130]  # few: threads share B; many: they share the tokens, of which backward takes chunks
 
 
-def problem(shape, N, dtype, held=torch.float32, shared=False):
+def problem(shape, N, dtype, held=torch.float32, shared=False, static=False, draw=0):
     """``y0, dy, index, router, B, bias``."""
-    torch.manual_seed(0)
+    torch.manual_seed(draw)
     d, k, r, s = shape
-    index, router, B = adapter_tensors(d, k, r, s, shared=shared, dtype=held)
+    index, router, B = adapter_tensors(d, k, r, s, shared=shared, static=static, dtype=held)
     return torch.randn(N, d).to(dtype), torch.randn(N, d).to(dtype), index, router, B, torch.randn(d).to(held)
 
 
@@ -54,17 +56,37 @@ def rms(t):
 
 
 def check_error(shape, N, dtype):
-    for held, bias_in_y0 in ((torch.float32, False), (dtype, True)):
-        args = problem(shape, N, dtype, held, shared=bias_in_y0)
+    for held, bias_in_y0, static in itertools.product((torch.float32, dtype), (False, True), (False, True)):
+        kind = {"held": held, "shared": bias_in_y0, "static": static}
+        errors = draw_errors(shape, N, dtype, bias_in_y0, kind, range(1))
+        few = math.ceil(64 / max(1, problem(shape, N, dtype, **kind)[3].numel()))
+        if few > 1:  # the error of a few numbers is luck: the router's gradient is that of draws which give 64
+            errors["dT"] = draw_errors(shape, N, dtype, bias_in_y0, kind, range(few))["dT"]
+        for name, (ours, plain, rounding) in errors.items():
+            assert ours <= (2 if name in "yx" else 3) * max(plain, rounding), (name, kind)
+
+
+def draw_errors(shape, N, dtype, bias_in_y0, kind, draws):
+    """Name of the output -> root mean square error of ours, of plain PyTorch, and of one rounding to dtype."""
+    outputs = {}
+    for draw in draws:
+        args = problem(shape, N, dtype, draw=draw, **kind)
         ours, plain = run("", *args, bias_in_y0), run("default_", *args, bias_in_y0)
         truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), bias_in_y0)
-        assert torch.equal(ours["x"], plain["x"])
+        if ours["x"].ndim == 3:  # else it is a sum
+            assert torch.equal(ours["x"], plain["x"])
         for name, true in truth.items():
             assert ours[name].shape == plain[name].shape
             assert ours[name].dtype == plain[name].dtype
-            rounding = torch.finfo(dtype).eps * rms(true)
-            allowed = (2 if name in "yx" else 3) * max(rms(plain[name].double() - true), rounding)
-            assert rms(ours[name].double() - true) <= allowed, (name, held, bias_in_y0)
+            outputs.setdefault(name, []).append((ours[name].double(), plain[name].double(), true))
+    return {
+        name: (
+            rms(torch.stack([ours - true for ours, _, true in drawn])),
+            rms(torch.stack([plain - true for _, plain, true in drawn])),
+            torch.finfo(dtype).eps * rms(torch.stack([true for _, _, true in drawn])),
+        )
+        for name, drawn in outputs.items()
+    }
 
 
 @pytest.mark.parametrize("N", TOKENS)

@@ -29,9 +29,9 @@ def python(*arguments, cwd=None, **variables):
     return subprocess.run([sys.executable, *arguments], env=given, cwd=cwd, capture_output=True, text=True)
 
 
-def problem(device="cpu", dtype=torch.float32, leading=(5,), shape=(24, 3, 4, 2)):
+def problem(device="cpu", dtype=torch.float32, leading=(5,), shape=(24, 3, 4, 2), **router):
     torch.manual_seed(0)
-    tensors = adapter_tensors(*shape, dtype=dtype, device=device)
+    tensors = adapter_tensors(*shape, dtype=dtype, device=device, **router)
     return torch.randn(*leading, shape[0]).to(device, dtype), *tensors, torch.randn(shape[0]).to(device, dtype)
 
 
@@ -65,17 +65,22 @@ def test_strides_of_the_activation_do_not_matter(view, dtype, device):
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
+ROUTERS = [{"shared": shared, "static": static} for shared in (False, True) for static in (False, True)]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck_in_the_dtypes_it_serves(dtype, device):
-    y0, index, router, B, b = problem(device, dtype, (2, 2))
+def test_opcheck_in_the_dtypes_it_serves(dtype, router, device):
+    y0, index, router, B, b = problem(device, dtype, (2, 2), **router)
     y0 = torch.cat([y0, y0], -1)[..., :24]
+    kept = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, False, True)[1]
     x, z = y0[..., index.long()], torch.randn(2, 2, 4, device=device)
     for name, args in {
         "cluster_gather": (y0, index, b),
         "rb_scale": (x, router.float()),
         "shared_gemm": (y0, z, B.float(), b, 0.7),
         "adapt": (y0, index, router, B, b, 0.7, False, True),
-        "adapt_backward": (y0, x, index, router, B.float(), 0.7),
+        "adapt_backward": (y0, kept, index, router, B.float(), 0.7),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
@@ -85,6 +90,22 @@ def test_serves_the_families_and_adapt(device):
     if environment.report()["obstacles"][device] is None:
         for op in ("cluster_gather", "rb_scale", "shared_gemm", "adapt", "adapt_backward"):
             assert environment.report()["kernels"][op][device] == "native"
+
+
+@needs_module
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_every_router_is_served_without_falling_back(router, dtype, device):
+    y0, index, router, B, b = problem(device, dtype, **router)
+    with torch.profiler.profile() as profile:
+        _, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, False, True)
+        torch.ops.idlora.adapt_backward(y0, x, index, router, B, 0.7)
+        torch.ops.idlora.rb_scale(y0[..., index.long()], router)
+    fell_back = {event.key for event in profile.key_averages() if event.key.startswith("idlora::default_")}
+    served = dtype != torch.float64 and environment.report()["obstacles"][device] is None
+    assert fell_back == (
+        set() if served else {f"idlora::default_{op}" for op in ("adapt", "adapt_backward", "rb_scale")}
+    )
 
 
 # ---- what it hands back ----------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from conftest import FIELDS, MODELS, inputs, randomize_adapter
 import idlora_ext
 
 model = MODELS[sys.argv[1]]().to(getattr(torch, sys.argv[2]))
-idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], shared_router=False, scaling=20.0)
+router = {"router": sys.argv[4], "shared_router": sys.argv[4] == "static", "scaling": float(sys.argv[5])}
+idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], **router)
 randomize_adapter(model, std=0.05)
 assert (idlora_ext.native.module is None) == (sys.argv[3] == "default")
 trained = [p for p in model.parameters() if p.requires_grad]
@@ -38,23 +39,25 @@ print(json.dumps(losses))
 """
 
 
-def losses(model: str, dtype: str, kernels: str) -> list[float]:
+def losses(dtype: str, kernels: str, model: str, router: str, scaling: str) -> list[float]:
     environment = os.environ | {
         "IDLORA_NATIVE": "0" if kernels == "default" else "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    command = [sys.executable, "-c", TRAIN, model, dtype, kernels]
+    command = [sys.executable, "-c", TRAIN, model, dtype, kernels, router, scaling]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(native.module is None, reason=f"no native kernels: {native.reason}")
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_trains_alike(model):
+@pytest.mark.parametrize(
+    "what", [("llama", "linear", "20"), ("gpt2", "linear", "20"), ("llama", "static", "2")], ids=str
+)
+def test_trains_alike(what):
     """gpt2 has biases. SGD, as Adam would turn a gradient's last bit into a whole step."""
     exact, default, ours = (
-        losses(model, *how) for how in (("float64", "default"), ("float32", "default"), ("float32", "native"))
+        losses(*how, *what) for how in (("float64", "default"), ("float32", "default"), ("float32", "native"))
     )
     assert exact[-1] < exact[0] - 0.02, "nothing was learnt"
     theirs = max(abs(a - b) for a, b in zip(default, exact, strict=True))

@@ -114,9 +114,7 @@ def test_family_ops_compose_to_adapt(dtype, router_kind, device):
     y0, index, router, B, b = problem((64, 4, 16, 4), router_kind=router_kind, dtype=dtype, bias=False, device=device)
     z = ops.rb_scale(ops.cluster_gather(y0, index), router)
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # No native kernel serves a static router yet: adapt is a default kernel then.
-    shared_gemm = ops.default_kernels["shared_gemm"] if router.ndim == 1 else ops.shared_gemm
-    assert torch.equal(shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7))
+    assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7))
 
 
 STRIDES = {

@@ -58,18 +58,19 @@ inline void scatter(T* dy0, const int32_t* index, int64_t r, const float* dx) {
   }
 }
 
-// dy0 of tokens [begin, end) and their share of dT, [router_rows, padded(r)].
+// dy0 of tokens [begin, end) and their share of dT, [router_rows, padded(r)]; of a static router's, first in each row.
 // z: where the operands of dB go, [N, s, padded(q)]; or else dz is given.
 template <class T>
 void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const T* given_dz, int64_t begin, int64_t end,
                      float* z, float* dT) {
-  const int64_t tokens = end - begin, n = p.k * p.r, width = padded(p.r), q = p.r / p.s, q_width = padded(q);
-  const Buffer x(tokens * p.k * width), a(tokens * p.k), one(width), parts(given_dz ? 0 : tokens * p.s * q_width),
+  const int64_t tokens = end - begin, k = p.x_clusters, n = k * p.r, width = padded(p.r), q = p.r / p.s,
+                q_width = padded(q);
+  const Buffer x(tokens * k * width), a(tokens * k), one(width), parts(given_dz ? 0 : tokens * p.s * q_width),
       dx(width);
   for (int64_t t = 0; t < tokens; ++t) {
-    float* const wide = x + t * p.k * width;
-    widen_x(static_cast<const T*>(p.x) + (begin + t) * n, p.k, p.r, wide);
-    route(wide, router, p.k, width, a + t * p.k, one);
+    float* const wide = x + t * k * width;
+    widen_x(static_cast<const T*>(p.x) + (begin + t) * n, k, p.r, wide);
+    route(wide, router, k, width, a + t * k, one);
     if (given_dz)
       std::memcpy(static_cast<T*>(p.dy0) + (begin + t) * p.d,
                   static_cast<const T*>(p.dy) + (begin + t) * p.dy_stride, p.d * sizeof(T));
@@ -89,18 +90,25 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
         for_vectors(q, [&](int64_t i, auto load, auto store) {
           store(one + j * q + i, scaling * load(parts + (t * p.s + j) * q_width + i));
         });
-    for (int64_t i = 0; i < p.k; ++i) {
-      const float* const x_i = x + (t * p.k + i) * width;
+    T* const dy0 = static_cast<T*>(p.dy0) + (begin + t) * p.d;
+    for (int64_t i = 0; i < k; ++i) {
+      const float* const x_i = x + (t * k + i) * width;
       float* const dT_i = dT + (p.router_rows == 1 ? 0 : i * width);
       Floats product{};
       for (int64_t j = 0; j < width; j += W) product += load(dz + j) * load(x_i + j);
-      const float da = sum(product);
-      for (int64_t j = 0; j < width; j += W) {
-        store(dx + j, a[t * p.k + i] * load(dz + j) + da * load(router[i] + j));
-        store(dT_i + j, load(dT_i + j) + da * load(x_i + j));
+      const float da = sum(product), a_i = a[t * k + i];
+      if (router.constants()) {
+        for (int64_t j = 0; j < width; j += W) store(dx + j, a_i * load(dz + j));
+        *dT_i += da;
+      } else {
+        for (int64_t j = 0; j < width; j += W) {
+          store(dx + j, a_i * load(dz + j) + da * load(router[i] + j));
+          store(dT_i + j, load(dT_i + j) + da * load(x_i + j));
+        }
       }
-      scatter(static_cast<T*>(p.dy0) + (begin + t) * p.d, p.index + i * p.r, p.r, dx);
+      scatter(dy0, p.index + i * p.r, p.r, dx);
     }
+    for (int64_t i = k; i < p.k; ++i) scatter(dy0, p.index + i * p.r, p.r, dx);  // x was the sum: all have the same dx
   }
 }
 
@@ -136,7 +144,7 @@ void sum_dB(const AdaptBackwardProblem& p, const float* z, int64_t begin, int64_
 
 template <class T>
 void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Parallel& parallel) {
-  const Router router(p.router, p.router_dtype, p.router_rows, p.r);
+  const Router router(p);
   const int64_t ds = p.d / p.s, q = p.r / p.s, width = padded(p.r);
   const int64_t chunk = tokens_per_chunk(p.N), chunks = ceil_div(p.N, chunk), share = p.router_rows * width;
   const Buffer z(dz ? 0 : p.N * p.s * padded(q)), dT((chunks + 1) * share);
@@ -148,7 +156,9 @@ void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Par
   std::memset(dT, 0, share * sizeof(float));
   for (int64_t i = 1; i <= chunks; ++i)
     for (int64_t j = 0; j < share; j += W) store(dT + j, load(dT + j) + load(dT + i * share + j));
-  for (int64_t i = 0; i < p.router_rows; ++i) narrow(dT + i * width, 1, p.r, p.router_dtype, p.drouter, i * p.r);
+  const int64_t columns = p.static_router ? 1 : p.r;
+  for (int64_t i = 0; i < p.router_rows; ++i)
+    narrow(dT + i * width, 1, columns, p.router_dtype, p.drouter, i * columns);
 
   if (dz) return;
   const int64_t groups = ceil_div(ds, TILE_ROWS);

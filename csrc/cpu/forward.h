@@ -22,7 +22,7 @@ void gather_tokens(const T* y0, const GatherProblem& p, const Parallel& parallel
 
 template <class T>
 void rb_scale_tokens(const T* x, const RbScaleProblem& p, const Parallel& parallel) {
-  const Router router(p.router, p.router_dtype, p.router_rows, p.r);
+  const Router router(p);
   const int64_t width = padded(p.r);
   parallel_for(parallel, p.N, 4 * p.k * p.r, [&](int64_t begin, int64_t end) {
     const Buffer wide(p.k * width), a(p.k), z(width);
@@ -51,11 +51,18 @@ void route_tokens(const AdaptProblem& p, const float* bias, const Router& router
                   float* z) {
   const int64_t n = p.k * p.r, width = padded(p.r);
   const Buffer gathered(n), wide(p.k * width), a(p.k), routed(width);
+  const bool keeps_x = p.x && p.x_clusters == p.k, keeps_sum = p.x && !keeps_x;
   for (int64_t i = begin; i < end; ++i, z += p.r) {
-    T* const x = p.x ? static_cast<T*>(p.x) + i * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
+    T* const x = keeps_x ? static_cast<T*>(p.x) + i * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
     const T* const y0 = static_cast<const T*>(p.y0) + i * p.y0_stride;
     gather(y0, i + 1 < p.N ? y0 + p.y0_stride : y0, p.index, p.bias_in_y0 ? bias : nullptr, n, x);
     widen_x(x, p.k, p.r, wide);
+    if (keeps_sum)
+      for_vectors(p.r, [&](int64_t j, auto load, auto store) {
+        Floats sum = load(wide + j);
+        for (int64_t c = 1; c < p.k; ++c) sum += load(wide + c * width + j);
+        store(static_cast<T*>(p.x) + i * p.r + j, sum);
+      });
     route(wide, router, p.k, width, a, routed);
     for_vectors(p.r, [=, &routed](int64_t j, auto, auto store) { store(z + j, operand<T>(load(routed + j))); });
   }
@@ -149,7 +156,7 @@ void shared_gemm_tokens(const T* y0, const SharedGemmProblem& p, bool product, c
 template <class T>
 void adapt_tokens(const T* y0, const AdaptProblem& p, float* z, const Parallel& parallel) {
   const Bias bias(p.bias, p.bias_dtype, p.d);
-  const Router router(p.router, p.router_dtype, p.router_rows, p.r);
+  const Router router(p);
   const float* const added = p.bias_in_y0 ? nullptr : static_cast<const float*>(bias);
   if (!z) {
     SharedGemmProblem product{};

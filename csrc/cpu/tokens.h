@@ -5,20 +5,24 @@
 
 namespace idlora::cpu::IDLORA_ISA {
 
-// The router as floats, [rows, padded(r)] with zeros behind each row.
+// The router as floats, [rows, padded(r)] with zeros behind each row; a static one's constants, each a row of its own.
 class Router {
  public:
-  Router(const void* router, Dtype dtype, int64_t rows, int64_t r)
-      : width_(padded(r)), shared_(rows == 1), floats_(rows * width_) {
-    typed(dtype, router, [&](const auto* T) {
-      for (int64_t i = 0; i < rows; ++i) widen(T + i * r, r, floats_ + i * width_);
+  template <class Problem>
+  explicit Router(const Problem& p)
+      : constants_(p.static_router), shared_(p.router_rows == 1), width_(padded(constants_ ? 1 : p.r)),
+        floats_(p.router_rows * width_) {
+    const int64_t columns = constants_ ? 1 : p.r;
+    typed(p.router_dtype, p.router, [&](const auto* T) {
+      for (int64_t i = 0; i < p.router_rows; ++i) widen(T + i * columns, columns, floats_ + i * width_);
     });
   }
+  bool constants() const { return constants_; }
   const float* operator[](int64_t i) const { return floats_ + (shared_ ? 0 : i * width_); }
 
  private:
+  bool constants_, shared_;
   int64_t width_;
-  bool shared_;
   Buffer floats_;
 };
 
@@ -63,6 +67,10 @@ inline void gather(const T* y0, const T* next, const int32_t* index, const float
 inline void route(const float* x, const Router& router, int64_t k, int64_t width, float* a, float* z) {
   for (int64_t i = 0; i < k; ++i) {
     const float* const T = router[i];
+    if (router.constants()) {
+      a[i] = *T;
+      continue;
+    }
     Floats product{};
     for (int64_t j = 0; j < width; j += W) product += load(T + j) * load(x + i * width + j);
     a[i] = sum(product);

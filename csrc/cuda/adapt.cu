@@ -21,11 +21,11 @@ constexpr int MAX_GATHERED = 65536 / X_WORDS;                 // for 16-bit offs
 struct Layout : SharedLayout {
   int order, row_of, router, a, scale, z, x;
 
-  __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
-    const int kr = k * r;
+  __host__ __device__ explicit Layout(const AdaptProblem& p) {
+    const int d = p.d, k = p.k, r = p.r, s = p.s, kr = k * r;
     order = take(kr * sizeof(int));
     row_of = take(kr * sizeof(uint16_t));
-    router = take(router_rows * r * sizeof(float));
+    router = take(router_size(p) * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     scale = take(TOKENS * sizeof(float));
     // The warps' shares of a are done with before z is written, the bits of the sort before x is.
@@ -34,25 +34,36 @@ struct Layout : SharedLayout {
   }
 };
 
-// x of one position for the lane's token: `x_lane` is the lane's column of x, `offset` the words before its row.
+// x of two neighbouring positions for the lane's token: `x_lane` is the lane's column of x, `offsets` the words before
+// their rows.
 template <class T>
-__device__ __forceinline__ float x_at(const T* x_lane, uint32_t offset) {
-  return to_float(x_lane[2 * offset]);
+__device__ __forceinline__ float2 x_at(const T* x_lane, uint32_t offsets) {
+  return make_float2(to_float(x_lane[2 * (offsets & 0xffff)]), to_float(x_lane[2 * (offsets >> 16)]));
 }
 
+// `kept` positions of x; if these are fewer than kr, what lies `kept` apart is added up.
 template <class T>
-__device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kr, int tokens) {
-  for (int p = threadIdx.x / 32 * 16; p < kr; p += 16 * WARPS) {
+__device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kept, int kr, int tokens) {
+  for (int p = threadIdx.x / 32 * 16; p < kept; p += 16 * WARPS) {
     uint32_t own[2][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (p + 8 * half < kr) {
-        const uint4 rows = *reinterpret_cast<const uint4*>(row_of + p + 8 * half);
+      if (p + 8 * half < kept) {
+        float2 v[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          own[half][i] = pack<T>(x_at(x_lane, word(rows, i) & 0xffff), x_at(x_lane, word(rows, i) >> 16));
+        for (int i = 0; i < 4; ++i) v[i] = make_float2(-0.0f, -0.0f);  // to which adding x gives x, whatever its sign
+        for (int b = p + 8 * half; b < kr; b += kept) {
+          const uint4 rows = *reinterpret_cast<const uint4*>(row_of + b);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 u = x_at(x_lane, word(rows, i));
+            v[i].x += u.x, v[i].y += u.y;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[half][i] = pack<T>(v[i].x, v[i].y);
       }
-    store_rows(out + p, kr, own, true, p + 8 < kr, tokens);
+    store_rows(out + p, kept, own, true, p + 8 < kept, tokens);
   }
 }
 
@@ -61,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   const int k = p.k, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;
-  const Layout at(d, k, r, s, p.router_rows);
+  const Layout at(p);
   int* const order = reinterpret_cast<int*>(shared + at.order);
   uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
   float* const router = reinterpret_cast<float*>(shared + at.router);
@@ -76,7 +87,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const int tokens = own.tokens;
 
   // 1. order
-  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
+  load_router(p, router);
   sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x), [&](int rank, int column, int position) {
     order[rank] = column;
     row_of[position] = static_cast<uint16_t>(rank * X_WORDS);
@@ -106,7 +117,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
 
   // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
-  for (int i = 0; i < k; ++i) {
+  for (int i = 0; i < k && !p.static_router; ++i) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : i * r);
     float sum = 0;
     for (int b = 8 * warp; b < r; b += 8 * WARPS) {
@@ -114,20 +125,23 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
       const float4 t[2] = {*reinterpret_cast<const float4*>(T_i + b), *reinterpret_cast<const float4*>(T_i + b + 4)};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum = fmaf(t[half].x, x_at(x_lane, word(rows, 2 * half) & 0xffff), sum);
-        sum = fmaf(t[half].y, x_at(x_lane, word(rows, 2 * half) >> 16), sum);
-        sum = fmaf(t[half].z, x_at(x_lane, word(rows, 2 * half + 1) & 0xffff), sum);
-        sum = fmaf(t[half].w, x_at(x_lane, word(rows, 2 * half + 1) >> 16), sum);
+        const float2 u = x_at(x_lane, word(rows, 2 * half)), v = x_at(x_lane, word(rows, 2 * half + 1));
+        sum = fmaf(t[half].y, u.y, fmaf(t[half].x, u.x, sum));
+        sum = fmaf(t[half].w, v.y, fmaf(t[half].z, v.x, sum));
       }
     }
     shares[(warp * k + i) * TOKENS + lane] = sum;
   }
-  if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kr, x_lane, row_of, kr, tokens);
+  const int kept = p.x_clusters * r;
+  if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kept, x_lane, row_of, kept, kr, tokens);
   __syncthreads();
   for (int i = warp; i < k; i += WARPS) {
     float sum = 0;
+    if (p.static_router)
+      sum = router[p.router_rows == 1 ? 0 : i];
+    else
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += shares[(w * k + i) * TOKENS + lane];
+      for (int w = 0; w < WARPS; ++w) sum += shares[(w * k + i) * TOKENS + lane];
     a[i * TOKENS + lane] = sum;
   }
   __syncthreads();
@@ -151,8 +165,9 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
           const uint4 rows = *reinterpret_cast<const uint4*>(row_of + i * r + position + e);
 #pragma unroll
           for (int w = 0; w < 4; ++w) {
-            sum[e + 2 * w] = fmaf(a_i, x_at(x_lane, word(rows, w) & 0xffff), sum[e + 2 * w]);
-            sum[e + 2 * w + 1] = fmaf(a_i, x_at(x_lane, word(rows, w) >> 16), sum[e + 2 * w + 1]);
+            const float2 v = x_at(x_lane, word(rows, w));
+            sum[e + 2 * w] = fmaf(a_i, v.x, sum[e + 2 * w]);
+            sum[e + 2 * w + 1] = fmaf(a_i, v.y, sum[e + 2 * w + 1]);
           }
         }
     }
@@ -174,13 +189,13 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
 
 bool fits_prefill(const AdaptProblem& p) {
   return fits_tensor_cores(p.dtype, p.d, p.r, p.s, p.y0_stride, p.y0, p.y, p.B) && (!p.x || aligned(p.x)) && p.k * p.r <= MAX_GATHERED &&
-         Layout(p.d, p.k, p.r, p.s, p.router_rows).bytes <= current_device().shared_per_block;
+         Layout(p).bytes <= current_device().shared_per_block;
 }
 
 const char* prefill_adapt(const AdaptProblem& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.N, TOKENS), d = p.d, gathered = TOKENS * std::min(2 * d, 32 * p.k * p.r);
   const int splits = column_splits(tiles, gathered, 4 * TOKENS * d + B_bytes(p), ceil_div(d / p.s, COLUMNS * WARPS), 1.25);
-  const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
+  const Layout layout(p);
   return with_tensor_types(p.dtype, p.B_dtype, p.r / p.s, [&](auto t, auto b, auto chunks) {
     return launch(adapt_prefill<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
                   THREADS, layout.bytes, stream, p, splits);

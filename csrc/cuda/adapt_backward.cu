@@ -30,11 +30,11 @@ __host__ __device__ constexpr int B_stride(int q) { return (q / 8 | 1) * 8; }
 struct Layout : SharedLayout {
   int order, before, router, dT, a, da, x, ring;
 
-  __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
-    const int kr = k * r;
-    order = take(kr * sizeof(int2));
+  __host__ __device__ explicit Layout(const AdaptBackwardProblem& p) {
+    const int d = p.d, k = p.x_clusters, r = p.r, s = p.s, kr = k * r;
+    order = take(p.k * r * sizeof(int2));
     before = take((sort_words(d) + 1) * sizeof(uint32_t));
-    router = take(router_rows * r * sizeof(float));
+    router = take(router_size(p) * sizeof(float));
     dT = take(kr * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     da = take(k * TOKENS * sizeof(float));
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     adapt_backward_rows(const __grid_constant__ AdaptBackwardProblem p, const __grid_constant__ BackwardPlan plan) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  const int k = p.k, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;
-  const Layout at(d, k, r, s, p.router_rows);
+  const int k = p.x_clusters, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;  // k, kr: of x
+  const Layout at(p);
   int2* const order = reinterpret_cast<int2*>(shared + at.order);  // column, cluster << 16 | position in the cluster
   uint32_t* const before = reinterpret_cast<uint32_t*>(shared + at.before);
   float *const router = reinterpret_cast<float*>(shared + at.router), *const dT = reinterpret_cast<float*>(shared + at.dT);
@@ -102,14 +102,16 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const T* const x_lane = x + lane * x_stride(kr);
 
-  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
+  load_router(p, router);
   for (int i = threadIdx.x; i < kr; i += THREADS) dT[i] = 0;
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(ring);
-  sort_columns(p.index, kr, d, scratch, [&](int rank, int column, int position) {
-    order[rank] = make_int2(column, position / r << 16 | position % r);
+  sort_columns(p.index, p.k * r, d, scratch, [&](int rank, int column, int position) {
+    order[rank] = make_int2(column, (k == 1 ? 0 : position / r << 16) | position % r);
   });
   for (int w = threadIdx.x; w <= sort_words(d); w += THREADS) before[w] = scratch[w];
   __syncthreads();
+  if (p.static_router)
+    for (int i = threadIdx.x; i < k * TOKENS; i += THREADS) a[i] = router[i / TOKENS];
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * TOKENS; first < p.N; first += static_cast<int64_t>(gridDim.x) * TOKENS) {
     const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first));
@@ -123,16 +125,17 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    sum_over_positions<T>(a, shares, k, r, [&](int i, int b, float sum) {
-      const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
-      const float2* const T_i = reinterpret_cast<const float2*>(router + (p.router_rows == 1 ? 0 : i * r) + b);
+    if (!p.static_router)
+      sum_over_positions<T>(a, shares, k, r, [&](int i, int b, float sum) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
+        const float2* const T_i = reinterpret_cast<const float2*>(router + (p.router_rows == 1 ? 0 : i * r) + b);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float2 u = unpack<T>(word(v, w)), v = T_i[w];
-        sum = fmaf(v.y, u.y, fmaf(v.x, u.x, sum));
-      }
-      return sum;
-    });
+        for (int w = 0; w < 4; ++w) {
+          const float2 u = unpack<T>(word(v, w)), v = T_i[w];
+          sum = fmaf(v.y, u.y, fmaf(v.x, u.x, sum));
+        }
+        return sum;
+      });
     float unscale = 1;
     if constexpr (std::is_same_v<T, __half>) {  // |z| <= sum_i |a_i| 65504: above 1, keep z within float16
       float size = 0;
@@ -238,7 +241,13 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       return sum;
     });
-    for (int i = 2 * threadIdx.x; i < kr; i += 2 * THREADS) {
+    for (int i = warp; i < k && p.static_router; i += WARPS) {
+      float sum = da[i * TOKENS + lane];
+#pragma unroll
+      for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (lane == 0) dT[i] += sum;
+    }
+    for (int i = 2 * threadIdx.x; i < kr && !p.static_router; i += 2 * THREADS) {
       float2 sum = *reinterpret_cast<const float2*>(dT + i);
       const float* const da_i = da + i / r * TOKENS;
 #pragma unroll 8
@@ -277,8 +286,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
         const int2 entry = order[rank];
         const int i = entry.y >> 16, position = entry.y & 0xffff;
         T* const to = row + entry.x;
-        const float dx = fmaf(a[i * TOKENS + lane], dz[position * DZ_STRIDE + lane],
-                              da[i * TOKENS + lane] * router[(p.router_rows == 1 ? 0 : i * r) + position]);
+        float dx = a[i * TOKENS + lane] * dz[position * DZ_STRIDE + lane];
+        if (!p.static_router) dx = fmaf(da[i * TOKENS + lane], router[(p.router_rows == 1 ? 0 : i * r) + position], dx);
         *to = from_float<T>(to_float(*to) + dx);
       }
       __syncwarp();
@@ -293,11 +302,12 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     __syncthreads();
   }
 
+  const int entries = router_size(p), sums = p.static_router ? entries : kr;
   float* const out = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.dT) +
-                     static_cast<int64_t>(blockIdx.x) * p.router_rows * r;
-  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) {
+                     static_cast<int64_t>(blockIdx.x) * entries;
+  for (int i = threadIdx.x; i < entries; i += THREADS) {
     float sum = 0;
-    for (int c = i; c < kr; c += static_cast<int>(p.router_rows) * r) sum += dT[c];
+    for (int c = i; c < sums; c += entries) sum += dT[c];
     out[i] = sum;
   }
 #endif
@@ -305,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
 
 }  // namespace
 
-size_t backward_rows_shared_memory(const AdaptBackwardProblem& p) { return Layout(p.d, p.k, p.r, p.s, p.router_rows).bytes; }
+size_t backward_rows_shared_memory(const AdaptBackwardProblem& p) { return Layout(p).bytes; }
 
 const char* backward_rows(const AdaptBackwardProblem& p, const BackwardPlan& plan, cudaStream_t stream) {
   return with_tensor_types(p.dtype, p.B_dtype, p.r / p.s, [&](auto t, auto b, auto chunks) {

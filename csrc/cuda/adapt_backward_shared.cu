@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS) adapt_backward_sums(const __grid_cons
     store_from_float(p.dB, p.B_dtype, i, sum);
   } else {
     __shared__ float shares[WARPS][32];
-    const int64_t size = p.router_rows * p.r;
+    const int64_t size = router_size(p);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t i = (static_cast<int64_t>(blockIdx.x) - dB_blocks) * 32 + lane;
     float sum = 0;
@@ -168,7 +168,7 @@ BackwardPlan plan_backward(const AdaptBackwardProblem& p) {
   };
   plan.z = take(p.N * p.r * 2);
   plan.scale = take(p.dtype == Dtype::float16 ? p.N * sizeof(float) : 0);
-  plan.dT = take(plan.blocks * p.router_rows * p.r * sizeof(float));
+  plan.dT = take(plan.blocks * router_size(p) * sizeof(float));
   plan.dB = take(plan.token_parts > 1 ? plan.token_parts * (p.d / p.s) * (p.r / p.s) * sizeof(float) : 0);
   plan.bytes = bytes;
   return plan;
@@ -184,7 +184,7 @@ const char* backward_shared(const AdaptBackwardProblem& p, const BackwardPlan& p
 
 const char* backward_sums(const AdaptBackwardProblem& p, const BackwardPlan& plan, cudaStream_t stream) {
   const int dB_blocks = plan.token_parts > 1 ? static_cast<int>(ceil_div(p.d / p.s * (p.r / p.s), THREADS)) : 0;
-  const int dT_blocks = static_cast<int>(ceil_div(p.router_rows * p.r, 32));
+  const int dT_blocks = static_cast<int>(ceil_div(router_size(p), 32));
   return launch(adapt_backward_sums, dim3(dB_blocks + dT_blocks), THREADS, 0, stream, p, plan, dB_blocks);
 }
 

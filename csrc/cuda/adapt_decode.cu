@@ -16,10 +16,10 @@ constexpr int UNSORTED = 4;  // up to so many tokens, sorting the columns costs 
 struct Layout : SharedLayout {
   int order, router, a, scale, z, x;
 
-  __host__ __device__ Layout(int d, int k, int r, int s, int router_rows) {
-    const int kr = k * r;
+  __host__ __device__ explicit Layout(const AdaptProblem& p) {
+    const int d = p.d, k = p.k, r = p.r, s = p.s, kr = k * r;
     order = take(kr * sizeof(int2));
-    router = take(router_rows * r * sizeof(float));
+    router = take(router_size(p) * sizeof(float));
     a = take(TOKENS * k * sizeof(float));
     scale = take(TOKENS * sizeof(float));
     z = take(TOKENS * z_stride(s, r / s) * 2);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   const int k = p.k, r = p.r, s = p.s, q = r / s, kr = k * r, d = p.d, ds = d / s;
-  const Layout at(d, k, r, s, p.router_rows);
+  const Layout at(p);
   int2* const order = reinterpret_cast<int2*>(shared + at.order);  // column, position
   float* const router = reinterpret_cast<float*>(shared + at.router);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   if (own.group < own.end) columns.load(p.B, ds, q, own.group);
 
   // gather
-  for (int i = threadIdx.x; i < p.router_rows * r; i += THREADS) router[i] = load_as_float(p.router, p.router_dtype, i);
+  load_router(p, router);
   if (tokens > UNSORTED) {
     sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x),
                  [&](int rank, int column, int position) { order[rank] = make_int2(column, position); });
@@ -66,12 +66,28 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   }
   __syncthreads();
   if (p.x && own.split == 0) {
-    uint4* const out = reinterpret_cast<uint4*>(static_cast<T*>(p.x) + first * kr);
-    for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS) out[i] = reinterpret_cast<const uint4*>(x)[i];
+    const int kept = p.x_clusters * r;
+    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.x) + first * kept);
+    if (kept == kr) {
+      for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS)
+        reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(x)[i];
+    } else {  // the sum over the clusters
+      for (int i = threadIdx.x; i < tokens * kept / 2; i += THREADS) {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(x) + i / (kept / 2) * (kr / 2) + i % (kept / 2);
+        float2 sum = make_float2(0, 0);
+        for (int c = 0; c < k; ++c, from += kept / 2) {
+          const float2 v = unpack<T>(*from);
+          sum.x += v.x, sum.y += v.y;
+        }
+        out[i] = pack<T>(sum.x, sum.y);
+      }
+    }
   }
 
   // a_i: a warp for each token and cluster
-  for (int pair = warp; pair < tokens * k; pair += WARPS) {
+  if (p.static_router)
+    for (int pair = threadIdx.x; pair < tokens * k; pair += THREADS) a[pair] = router[p.router_rows == 1 ? 0 : pair % k];
+  for (int pair = warp; pair < tokens * k && !p.static_router; pair += WARPS) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : pair % k * r);
     const uint32_t* const x_i = reinterpret_cast<const uint32_t*>(x + pair * r);
     float sum = 0;
@@ -118,14 +134,14 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
 
 bool fits_decode(const AdaptProblem& p) {
   return fits_tensor_cores(p.dtype, p.d, p.r, p.s, p.y0_stride, p.y0, p.y, p.B) && (!p.x || aligned(p.x)) &&
-         Layout(p.d, p.k, p.r, p.s, p.router_rows).bytes <= current_device().shared_per_block;
+         Layout(p).bytes <= current_device().shared_per_block;
 }
 
 const char* decode_adapt(const AdaptProblem& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.N, TOKENS), tokens = std::min<int64_t>(p.N, TOKENS), d = p.d, kr = p.k * p.r;
   const int64_t gathered = tokens * std::min(2 * d, 32 * kr) + 4 * kr;
   const int splits = column_splits(tiles, gathered, 4 * tokens * d + B_bytes(p), ceil_div(d / p.s, COLUMNS * WARPS), 1.4);
-  const Layout layout(p.d, p.k, p.r, p.s, p.router_rows);
+  const Layout layout(p);
   return with_tensor_types(p.dtype, p.B_dtype, p.r / p.s, [&](auto t, auto b, auto chunks) {
     return launch(adapt_decode<decltype(t), decltype(b), chunks.value>, dim3(static_cast<unsigned>(tiles * splits)),
                   THREADS, layout.bytes, stream, p, splits);

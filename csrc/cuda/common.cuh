@@ -71,6 +71,12 @@ struct Device {
 // Of the current device; asked once a device.
 const Device& current_device();
 
+// Entries of the router and of its gradient.
+template <class Problem>
+__host__ __device__ __forceinline__ int router_size(const Problem& p) {
+  return static_cast<int>(p.static_router ? p.router_rows : p.router_rows * p.r);
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -70,16 +70,25 @@ __global__ void __launch_bounds__(THREADS, 2)
         return from_float<T>(to_float(v) - load_as_float(p.bias, p.bias_dtype, column));
       };
       // Of the blocks that see a token, the one with its first part and the first columns writes x.
-      T* const x = write_x && p.x && t * s >= first_part ? static_cast<T*>(p.x) + (first_token + t) * kr : nullptr;
+      T* const x = write_x && p.x && t * s >= first_part
+                       ? static_cast<T*>(p.x) + (first_token + t) * p.x_clusters * r
+                       : nullptr;
       __syncwarp();  // the cache still holds the last token's x
       if (cached || x)
-        copy<4>(kr, gather, [&](int e, T v) {
+        copy<2>(kr, gather, [&](int e, T v) {
           if (cached) cache[e] = v;
-          if (x) x[e] = v;
+          if (x && p.x_clusters == k) x[e] = v;
         });
       __syncwarp();
       auto to_z = [&](auto x_at) {
-        route<T>(p, x_at, [&](int e, float value, bool first) {
+        if (x && p.x_clusters < k)  // the sum over the clusters
+          for (int e = lane(); e < r; e += 32) {
+            float sum = 0;
+#pragma unroll 1
+            for (int i = e; i < kr; i += r) sum += x_at(i);
+            x[e] = from_float<T>(sum);
+          }
+        route<T>(p, k, x_at, [&](int e, float value, bool first) {
           const int row = t * s + e / q - first_part, i = e % q - i0;
           if (row < 0 || row >= rows || i < 0 || i >= plan.held) return;
           float& entry = z[i * plan.z_stride + row];

@@ -48,15 +48,24 @@ __device__ __forceinline__ void with_router(const Problem& p, int i, F&& f) {
   typed<T>(p.router, p.router_dtype, [&](auto router) { f(router + (p.router_rows == 1 ? 0 : i * p.r)); });
 }
 
+// a_i of a static router.
+template <class T, class Problem>
+__device__ __forceinline__ float constant(const Problem& p, int i) {
+  float a;
+  typed<T>(p.router, p.router_dtype, [&](auto router) { a = to_float(__ldg(router + (p.router_rows == 1 ? 0 : i))); });
+  return a;
+}
+
 // z = sum_i a_i x_i, a_i = <T_i, x_i>, by one warp. x(e) is entry e of the token's [k r]; put(e, value, first) sets z_e
 // to `value`, or adds to it what clusters beyond the first 32 give; always the same thread for an e. Lane l keeps a_l.
 template <class T, class Problem, class X, class Put>
-__device__ __forceinline__ void route(const Problem& p, X&& x, Put&& put) {
-  const int k = p.k, r = p.r;
+__device__ __forceinline__ void route(const Problem& p, int k, X&& x, Put&& put) {
+  const int r = p.r;
   for (int first = 0; first < k; first += 32) {
     const int count = min(32, k - first);
     float own = 0;
-    for (int i = 0; i < count; ++i) {
+    if (p.static_router && lane() < count) own = constant<T>(p, first + lane());
+    for (int i = 0; i < count && !p.static_router; ++i) {
       float a = 0;
       with_router<T>(p, first + i, [&](auto T_i) {
 #pragma unroll 4
@@ -67,13 +76,15 @@ __device__ __forceinline__ void route(const Problem& p, X&& x, Put&& put) {
     }
     for (int e0 = 0; e0 < r; e0 += 32) {
       const int e = e0 + lane();
-      float z = 0;
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        const float a = __shfl_sync(~0u, own, i);
-        if (e < r) z = fmaf(a, x((first + i) * r + e), z);
-      }
-      if (e < r) put(e, z, first == 0);
+      float z[2] = {};  // of every second cluster: one long sum loses digits
+      for (int i0 = 0; i0 < count; i0 += 2)
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+          if (const int i = i0 + u; i < count) {
+            const float a = __shfl_sync(~0u, own, i);
+            if (e < r) z[u] = fmaf(a, x((first + i) * r + e), z[u]);
+          }
+      if (e < r) put(e, z[0] + z[1], first == 0);
     }
   }
 }

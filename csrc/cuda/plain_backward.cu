@@ -22,9 +22,9 @@ struct Plan {
   int64_t tokens_a_chunk;   // a multiple of TOKENS
   float* z;                 // [N, r]
   float* dz;                // [splits, N, r]
-  float* da;                // [N, k]
+  float* da;                // [N, x_clusters]
   float* dB;                // [chunks, q, ds], without scaling
-  float* dT;                // [tokens / TOKENS, router_rows, r]
+  float* dT;                // [tokens / TOKENS, entries of the router]
   size_t bytes;             // of the workspace
 };
 
@@ -58,14 +58,14 @@ __global__ void __launch_bounds__(THREADS, 2) plain_dz_kernel(const AdaptBackwar
                                                               const int64_t product_blocks) {
   __shared__ Shared shared;
   __shared__ int64_t dy_of[COLUMNS];  // where a row starts in dy
-  const int k = p.k, r = p.r, s = p.s, q = r / s, ds = p.d / s;
+  const int k = p.x_clusters, r = p.r, s = p.s, q = r / s, ds = p.d / s;
   if (blockIdx.x >= product_blocks) {
     const int64_t begin = (blockIdx.x - product_blocks) * TOKENS, end = min(p.N, begin + TOKENS);
     for (int64_t n = begin + warp(); n < end; n += WARPS) {
       const T* const x = static_cast<const T*>(p.x) + n * k * r;
       float* const z = plan.z + n * r;
       route<T>(
-          p, [&](int e) { return to_float(__ldg(x + e)); },
+          p, k, [&](int e) { return to_float(__ldg(x + e)); },
           [&](int e, float value, bool first) { z[e] = first ? value : z[e] + value; });
     }
     return;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, 2) plain_dz_kernel(const AdaptBackwar
 // da, dy0 and a partial sum of dT for up to TOKENS tokens.
 template <class T>
 __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, const Plan& plan, int64_t first_token) {
-  const int k = p.k, r = p.r, d = p.d;
+  const int k = p.x_clusters, r = p.r, d = p.d;  // k: of x, which may be its sum over the clusters
   const int tokens = static_cast<int>(min(static_cast<int64_t>(TOKENS), p.N - first_token));
   const T* const x_first = static_cast<const T*>(p.x) + first_token * k * r;
   float* const da_first = plan.da + first_token * k;
@@ -138,41 +138,55 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
         dz[e] = sum;
       }
     __syncwarp();  // dy0 is copied before others add to it
-    for (int i = 0; i < k; ++i) {
-      const T* const x = x_first + static_cast<int64_t>(t) * k * r + i * r;
-      float a = 0, da = 0;
+    auto add = [&](int i, auto&& dx) {
       const int32_t* const index = p.index + i * r;
-      with_router<T>(p, i, [&](auto T_i) {
+      copy<4>(
+          r, [&](int e) { return from_float<T>(to_float(__ldg(dy + __ldg(index + e))) + dx(e)); },
+          [&](int e, T v) { dy0[__ldg(index + e)] = v; });
+    };
+    float a = 0;
+    for (int i = 0; i < p.k; ++i) {
+      const T* const x = x_first + static_cast<int64_t>(t) * k * r + i * r;
+      float da = 0;
+      if (p.static_router) {
+        if (i < k) {
+          a = constant<T>(p, i);
 #pragma unroll 4
-        for (int e = lane(); e < r; e += 32) {
-          const float v = to_float(__ldg(x + e));
-          a = fmaf(to_float(__ldg(T_i + e)), v, a);
-          da = fmaf(dz[e], v, da);
+          for (int e = lane(); e < r; e += 32) da = fmaf(dz[e], to_float(__ldg(x + e)), da);
+          da = warp_sum(da);
         }
-        a = warp_sum(a), da = warp_sum(da);
-        copy<4>(
-            r,
-            [&](int e) {
-              const float dx = fmaf(a, dz[e], da * to_float(__ldg(T_i + e)));
-              return from_float<T>(to_float(__ldg(dy + __ldg(index + e))) + dx);
-            },
-            [&](int e, T v) { dy0[__ldg(index + e)] = v; });
-      });
-      if (lane() == 0) da_first[t * k + i] = da;
+        add(i, [&](int e) { return a * dz[e]; });
+      } else {
+        with_router<T>(p, i, [&](auto T_i) {
+          a = 0;
+#pragma unroll 4
+          for (int e = lane(); e < r; e += 32) {
+            const float v = to_float(__ldg(x + e));
+            a = fmaf(to_float(__ldg(T_i + e)), v, a);
+            da = fmaf(dz[e], v, da);
+          }
+          a = warp_sum(a), da = warp_sum(da);
+          add(i, [&](int e) { return fmaf(a, dz[e], da * to_float(__ldg(T_i + e))); });
+        });
+      }
+      if (i < k && lane() == 0) da_first[t * k + i] = da;
     }
   }
   __syncthreads();
 
-  const int entries = static_cast<int>(p.router_rows) * r, together = p.router_rows == 1 ? k : 1;
+  const int entries = router_size(p), together = p.router_rows == 1 ? k : 1;
   float* const dT = plan.dT + first_token / TOKENS * entries;
   for (int e = threadIdx.x; e < entries; e += THREADS) {
     float sum[8] = {};  // of every eighth token, then added in pairs: one long sum loses digits
-    for (int i = e / r; i < e / r + together; ++i)
+    const int first_cluster = p.static_router ? e : e / r;
+    for (int i = first_cluster; i < first_cluster + together; ++i)
       for (int first = 0; first < tokens; first += 8)
 #pragma unroll
         for (int u = 0; u < 8; ++u)
-          if (const int t = first + u; t < tokens)
-            sum[u] = fmaf(da_first[t * k + i], to_float(x_first[(static_cast<int64_t>(t) * k + i) * r + e % r]), sum[u]);
+          if (const int t = first + u; t < tokens) {
+            const T* const x = x_first + (static_cast<int64_t>(t) * k + i) * r;
+            sum[u] = fmaf(da_first[t * k + i], p.static_router ? 1.0f : to_float(x[e % r]), sum[u]);
+          }
     dT[e] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
   }
 }
@@ -233,7 +247,7 @@ __global__ void __launch_bounds__(THREADS)
         store_from_float(p.dB, p.B_dtype, static_cast<int64_t>(c0 + c) * q + i0 + lane(), tile[lane()][c]);
     return;
   }
-  const int64_t entries = p.router_rows * p.r, e = (blockIdx.x - dB_blocks) * 32 + lane();
+  const int64_t entries = router_size(p), e = (blockIdx.x - dB_blocks) * 32 + lane();
   const int64_t count = (p.N + TOKENS - 1) / TOKENS;
   float sum = 0;
   if (e < entries)
@@ -268,9 +282,9 @@ Plan plan_for(const AdaptBackwardProblem& p) {
   };
   plan.dz = take(plan.splits * N * r);
   plan.z = take(N * r);
-  plan.da = take(N * p.k);
+  plan.da = take(N * p.x_clusters);
   plan.dB = take(plan.chunks * ds * q);
-  plan.dT = take(ceil_div(N, TOKENS) * p.router_rows * r);
+  plan.dT = take(ceil_div(N, TOKENS) * router_size(p));
   return plan;
 }
 
@@ -283,7 +297,7 @@ const char* plain_adapt_backward(const AdaptBackwardProblem& p, cudaStream_t str
   const int64_t q = p.r / p.s, ds = p.d / p.s, q_tiles = ceil_div(q, A_ROWS), token_blocks = ceil_div(p.N, TOKENS);
   const int64_t product_blocks = ceil_div(p.N * p.s, COLUMNS) * q_tiles * plan.splits;
   const int64_t chunk_blocks = ceil_div(ds, COLUMNS) * q_tiles + plan.tokens_a_chunk / TOKENS;
-  const int64_t dB_blocks = ceil_div(ds, 32) * ceil_div(q, 32), dT_blocks = ceil_div(p.router_rows * p.r, 32);
+  const int64_t dB_blocks = ceil_div(ds, 32) * ceil_div(q, 32), dT_blocks = ceil_div(router_size(p), 32);
   auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
   if (p.N > 0) {
     const char* const error = with_type(p.dtype, [&](auto t) {

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(THREADS) rb_scale_kernel(const RbScaleProblem 
   const T* const x = static_cast<const T*>(p.x) + n * p.k * p.r;
   float* const z = p.z + n * p.r;
   route<T>(
-      p, [&](int e) { return to_float(__ldg(x + e)); },
+      p, p.k, [&](int e) { return to_float(__ldg(x + e)); },
       [&](int e, float value, bool first) { z[e] = first ? value : z[e] + value; });
 }
 

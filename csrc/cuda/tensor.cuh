@@ -164,6 +164,12 @@ __device__ __forceinline__ Share share_of_block(int64_t N, int ds, int splits) {
   return own;
 }
 
+// The router in shared memory, as floats.
+template <class Problem>
+__device__ __forceinline__ void load_router(const Problem& p, float* to) {
+  for (int i = threadIdx.x; i < router_size(p); i += blockDim.x) to[i] = load_as_float(p.router, p.router_dtype, i);
+}
+
 // z is quadratic in the activation and may leave float16's range: there it is divided by a power of two of its size.
 __device__ __forceinline__ float power_of_two_above(float size, float least = -120, float most = 120) {
   return exp2f(fminf(fmaxf(ceilf(log2f(size)), least), most));

@@ -2,6 +2,9 @@
 //
 // Symbols (arXiv 2602.20727): N tokens, d out-features, k clusters, r rows a cluster (rank), s rank-boost factor,
 // ds = d / s and q = r / s the sides of B. Strides count elements. Tensors without a stride are contiguous.
+//
+// A static router is the a_i themselves, constants: router_rows of them. With one for all clusters (router_rows = 1) the
+// gradients need of x no more than its sum over the clusters, so this is what is kept: x_clusters = 1 instead of k.
 #pragma once
 
 #include <cstddef>
@@ -32,11 +35,12 @@ struct GatherProblem {
 // a_i = <T_i, x_i>, z = sum_i a_i x_i
 struct RbScaleProblem {
   int64_t N, k, r;
-  int64_t router_rows;  // k, or 1: one vector shared by all clusters
+  int64_t router_rows;  // k, or 1: one vector, or constant, shared by all clusters
   const void* x;        // [N, k, r] dtype
-  const void* router;   // [router_rows, r] router_dtype
+  const void* router;   // [router_rows, r] router_dtype; static: [router_rows]
   float* z;             // [N, r]
   Dtype dtype, router_dtype;
+  int32_t static_router;
 };
 
 // y = y0 + bias + scaling * concat_j(z^(j) B^T), j = 1..s
@@ -57,38 +61,40 @@ struct SharedGemmProblem {
 // With bias_in_y0: x_i = (y0 - bias)[index_i], and nothing is added.
 struct AdaptProblem {
   int64_t N, d, k, r, s;
-  int64_t router_rows;
+  int64_t router_rows, x_clusters;
   int64_t y0_stride;
   const void* y0;        // [N, d]    dtype
   const int32_t* index;  // [k, r]
-  const void* router;    // [router_rows, r] router_dtype
+  const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   const void* bias;      // [d]       bias_dtype, or null
   void* y;               // [N, d]    dtype
-  void* x;               // [N, k, r] dtype, or null: not kept
+  void* x;               // [N, x_clusters, r] dtype, or null: not kept
   float scaling;
   Dtype dtype, router_dtype, B_dtype, bias_dtype;
-  int32_t bias_in_y0;
+  int32_t static_router, bias_in_y0;
   Variant variant;
 };
 
 // dz^(j) = scaling B^T dy^(j);  da_i = <dz, x_i>
 // dB = scaling sum_n sum_j dy^(j) z^(j)^T;  dT_i = sum_n da_i x_i;  dy0 = dy, then dy0[index_i] += a_i dz + da_i T_i
+// Static: the gradient of a_i is sum_n da_i, and dy0[index_i] += a_i dz.
 struct AdaptBackwardProblem {
   int64_t N, d, k, r, s;
-  int64_t router_rows;
+  int64_t router_rows, x_clusters;
   int64_t dy_stride;
   const void* dy;        // [N, d]    dtype
-  const void* x;         // [N, k, r] dtype
+  const void* x;         // [N, x_clusters, r] dtype
   const int32_t* index;  // [k, r]
-  const void* router;    // [router_rows, r] router_dtype
+  const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   void* dy0;             // [N, d]    dtype
-  void* drouter;         // [router_rows, r] router_dtype
+  void* drouter;         // as router
   void* dB;              // [ds, q]   B_dtype
   void* workspace;       // adapt_backward_workspace() bytes, 16-byte aligned, not initialised
   float scaling;
   Dtype dtype, router_dtype, B_dtype;
+  int32_t static_router;
   Variant variant;
 };
 

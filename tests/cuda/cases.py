@@ -9,7 +9,7 @@ import itertools
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Case:
     rows: str  # "contiguous", "strided", or "misaligned": rows of y0 or dy start anywhere
     bias: str  # "none", "added" or "inside"
     shared: bool  # one router for all clusters
+    static: bool = False
     keep_x: bool = False
     outlier: bool = False  # activations of 300: z, quadratic in them, leaves the range of float16
 
@@ -60,6 +61,7 @@ class Case:
         words += [f"{self.parameters}-parameters"] if self.parameters != self.dtype else []
         words += [f"bias-{self.bias}"] if self.bias != "none" else []
         words += ["shared"] if self.shared else []
+        words += ["static"] if self.static else []
         words += ["keep-x"] if self.keep_x else []
         words += ["outlier"] if self.outlier else []
         return "-".join(words)
@@ -83,9 +85,13 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
     bias = None if case.bias == "none" else normal(d, dtype=case.parameters)
     y0 = normal(N, d, dtype=case.dtype)
     x = normal(N, k, r, dtype=case.dtype)
+    if case.static:
+        router = 1 + 0.5 * normal(len(router), dtype=case.parameters)
+    if case.static and case.shared and case.op == "adapt_backward":
+        x = x.sum(1)
     if case.outlier:
         y0, x = y0 + 300, x + 300
-        router, B = router.abs(), B * 1e-5
+        router, B = router.abs() * (200 if case.static else 1), B * 1e-5
     y0, dy = (
         _rows(y0, case.rows),
         _rows(normal(N, d, dtype=case.dtype, scale=1e-3 if case.outlier else 1.0), case.rows),
@@ -164,4 +170,17 @@ def _cases() -> Iterator[Case]:
                 )
 
 
+def _static(cases: list[Case]) -> Iterator[Case]:
+    """A part of the cases, every variant among them, once more with a static router."""
+    choose = random.Random(1).choice
+    for case in cases:
+        if case.op not in ROUTED or case.N == MANY:
+            continue
+        if case.outlier:
+            yield replace(case, static=True)
+        elif case.shape in REFERENCE or choose((True, False, False)):
+            yield replace(case, static=True, shared=choose((True, False)))
+
+
 CASES = list(dict.fromkeys(_cases()))
+CASES += dict.fromkeys(_static(CASES))

@@ -42,8 +42,7 @@ def test_on_the_simulator(case):
 def test_outliers_take_z_out_of_the_range_of_float16(case):
     """So that the cases deserve their name."""
     a = cases.inputs(case)
-    x = a["y0"][:, a["index"].long()].double()
-    z = ((x * a["router"]).sum(-1, keepdim=True) * x).sum(-2)
+    (z,) = _plain("rb_scale", {"x": _gathered(a["y0"], a["index"], None), "router": a["router"]}, torch.float64)
     assert z.abs().max() > torch.finfo(torch.float16).max
 
 
@@ -90,14 +89,16 @@ def test_compiles_for_sm_75(source, tmp_path):
 def check_accuracy(case: Case, outputs: list[Tensor]) -> None:
     """Error against float64 at most 2x (gradients 3x) that of the same maths in the same dtype in plain PyTorch.
 
-    The largest error of a few numbers is luck, so plain PyTorch's is that of as many draws as give 64 numbers.
+    The largest error of a few numbers is luck, so plain PyTorch's is that of as many draws as give 64 numbers, or
+    of 16.
     """
     exact, plain = _expected(case, cases.inputs(case))
     assert len(outputs) == len(exact)
     for i, (name, ours, true, theirs) in enumerate(zip(_names(case), outputs, exact, plain, strict=True)):
         assert torch.isfinite(ours).all(), name
         error, allowed = _error(ours.view(true.shape), true), _error(theirs, true)
-        others = [cases.inputs(case, draw=draw) for draw in range(1, math.ceil(64 / max(1, true.numel())))]
+        draws = min(16, math.ceil(64 / max(1, true.numel())))
+        others = [cases.inputs(case, draw=draw) for draw in range(1, draws)]
         for other in others:
             more_exact, more_plain = _expected(case, other)
             allowed = max(allowed, _error(more_plain[i], more_exact[i]))
@@ -129,15 +130,19 @@ def _plain(op: str, arguments: dict[str, Any], dtype: torch.dtype) -> list[Tenso
     if op == "cluster_gather":
         return [_gathered(a["y0"], a["index"], a["bias"])]
     if op == "rb_scale":
-        return [((a["x"] * a["router"]).sum(-1, keepdim=True) * a["x"]).sum(-2)]
+        static = a["router"].ndim == 1
+        alpha = a["router"].unsqueeze(-1) if static else (a["x"] * a["router"]).sum(-1, keepdim=True)
+        return [(alpha * a["x"]).sum(-2)]
     if op == "shared_gemm":
         update = torch.cat([part @ a["B"].T for part in a["z"].split(a["B"].shape[1], dim=-1)], dim=-1)
         return [(a["y0"] if a["bias"] is None else a["y0"] + a["bias"]) + a["scaling"] * update]
     if op == "adapt":
-        return [reference.adapt(**a), _gathered(a["y0"], a["index"], a["bias"] if a["bias_in_y0"] else None)]
-    # Whatever the other columns hold: only the gathered ones matter to the gradients.
+        x = _gathered(a["y0"], a["index"], a["bias"] if a["bias_in_y0"] else None)
+        return [reference.adapt(**a), x.sum(1) if a["router"].shape == (1,) else x]
+    # Whatever the other columns hold: only the gathered ones matter to the gradients. If x is the sum over the clusters,
+    # so does only their sum.
     y0 = torch.zeros_like(a["dy"], memory_format=torch.contiguous_format)
-    y0[:, a["index"].long()] = a["x"]
+    y0[:, (a["index"] if a["x"].ndim == 3 else a["index"][0]).long()] = a["x"]
     variables = [t.requires_grad_() for t in (y0, a["router"], a["B"])]
     y = reference.adapt(y0, a["index"], *variables[1:], None, a["scaling"])
     return list(torch.autograd.grad(y, variables, a["dy"]))
