@@ -27,7 +27,8 @@ def row_scale(weight: Tensor, index: Tensor) -> Tensor:
     """
     if weight.is_meta:
         return torch.ones(index.shape, device=index.device)
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    # Blocks, as the float64 copy that this makes of each would be twice as large as W.
+    norms = torch.cat([torch.linalg.vector_norm(b, dim=1, dtype=torch.float64) for b in weight.split(1024)])
     nonzero = norms[norms > 0]
     if not len(nonzero):
         return torch.zeros(index.shape, device=index.device)

@@ -344,11 +344,10 @@ def test_more_pivots_than_the_rank():
     assert pivoted_rows(copies, 4).tolist() == [1, 0, 3, 2]  # ties: the lower row
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("selection", ["pivoted_qr", "pivoted_qr_whole"])
-def test_a_weight_that_is_not_finite_is_an_error_and_nothing_changes(selection, bad):
+def test_a_weight_that_is_not_finite_is_an_error_and_nothing_changes(selection):
     model = tiny_llama()
-    model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = bad
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"layer 'model.layers.1.self_attn.v_proj': .*W must be finite"):
         idlora_ext.apply(model, **FIELDS, selection=selection)
     assert not layers_of(model)
