@@ -51,7 +51,8 @@ class IdLoraConfig(PeftConfig):
             rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
             saved with the adapter.
         dropout: probability of zeroing entries of ``z`` while training.
-        seed: of the clustering, the random selection and the router's start. Each layer derives its own from its name.
+        seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
+            layer derives its own from its name.
         rank_fit: ``"shrink"`` gives a layer too narrow for ``k * r`` rows the largest rank that fits and says so once;
             ``"error"`` refuses.
         rank_pattern: rank by layer name or regular expression, where it differs from ``r``.

@@ -265,6 +265,7 @@ def test_finetune_options_reach_the_run(model: str, text: str, tmp_path: Path) -
         (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["--r", "7"], "r must be a multiple of rank_boost"),
         (["--selection", "best"], "selection must be one of"),
+        (["--preset", "paper", "--router", "static"], "preset='paper' means router='linear', got 'static'"),
         (["--target-modules", "no_such_layer"], "no_such_layer"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--dtype", "float16"], "needs a CUDA device"),
