@@ -37,10 +37,10 @@ class IdLoraConfig(PeftConfig):
         num_clusters: ``k``. ``k * r`` rows are chosen, so a layer needs ``d >= k * r`` (see ``rank_fit``).
         rank_boost: ``s``: ``B`` is ``[d/s, r/s]`` and is used ``s`` times. 1 is the paper's "without RB".
         scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
-        router: ``"linear"`` (the paper): ``a_i = <T_i, x_i>``. ``"bounded"``: ``a_i = 1 + tanh <T_i, x_i / rms(x_i)>``
-            from ``T = 0``: the direction of ``x_i`` decides, and outlier tokens are not amplified.
-            ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank ``r``,
-            which can be merged into ``W`` or exported as a LoRA.
+        router: ``"linear"`` (the paper): ``a_i = <T_i, x_i>``. ``"bounded"``: from ``T = 0``
+            ``a_i = 1 + tanh(4 <T_i, x_i / rms(x_i)>)``: the direction of ``x_i`` decides, and outlier tokens are not
+            amplified. ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank
+            ``r``, which can be merged into ``W`` or exported as a LoRA.
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
         selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations

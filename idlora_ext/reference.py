@@ -27,7 +27,7 @@ def linear(
     Args:
         h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
         or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``; row_scale: ``c [k, r]``, then
-        ``A_i = diag(c_i) W[index_i]``; bounded: ``1 + tanh(<T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
+        ``A_i = diag(c_i) W[index_i]``; bounded: ``1 + tanh(4 <T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
 
     Returns:
         ``[..., d]``.
@@ -57,11 +57,11 @@ def adapt(
 
 
 def alpha(x_i: Tensor, T_i: Tensor, bounded: bool = False) -> Tensor:
-    """``a_i = <T_i, x_i>``, ``1 + tanh(<T_i, x_i / rms(x_i)>)``, or the constant that is given as ``T_i``."""
+    """``a_i = <T_i, x_i>``, ``1 + tanh(4 <T_i, x_i / rms(x_i)>)``, or the constant that is given as ``T_i``."""
     if not T_i.ndim:
         return T_i
     if bounded:
-        return 1 + ((x_i * T_i).sum(-1, keepdim=True) / x_i.square().mean(-1, keepdim=True).sqrt()).tanh()
+        return 1 + (4 * (x_i * T_i).sum(-1, keepdim=True) / x_i.square().mean(-1, keepdim=True).sqrt()).tanh()
     return (x_i * T_i).sum(-1, keepdim=True)
 
 
