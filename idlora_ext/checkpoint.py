@@ -1,7 +1,8 @@
 """Adapters on disk: what is written, and everything that is checked before a model is touched.
 
 A directory under PEFT's file names: ``adapter_config.json`` and ``adapter_model.safetensors``, which holds, for each
-adapted layer, ``idlora_index``, ``idlora_router``, ``idlora_B`` and ``idlora_fingerprint``. Loading never clusters.
+adapted layer, ``idlora_index``, ``idlora_router``, ``idlora_B``, ``idlora_fingerprint`` and, with ``row_scale``,
+``idlora_row_scale``. Loading never clusters.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .fingerprint import difference
 from .integration import AuxiliaryTrainingWrapper
 from .layer import IdLoraLayer
 
-TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint")
+TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint", "idlora_row_scale")
 PREFIX = "base_model.model."
 
 
@@ -59,13 +60,18 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         layer, _, tensor_name = name.rpartition(".")
-        if layer in layers and tensor_name in TENSORS:
+        if layer in layers and tensor_name in TENSORS and adapter_name in getattr(layers[layer], tensor_name):
             found.setdefault(layer, {})[tensor_name] = tensor
         elif name not in known and not _belongs_to_saved_module(model, name):
             unexpected.append(key)
         elif name in known and known[name].numel() and tensor.shape != known[name]:  # such as a resized embedding
             raise ValueError(f"{name}: the file has shape {list(tensor.shape)}, the model {list(known[name])}")
-    missing = [f"{layer}.{t}" for layer in layers for t in TENSORS if t not in found.get(layer, {})]
+    missing = [
+        f"{name}.{t}"
+        for name, layer in layers.items()
+        for t in TENSORS
+        if adapter_name in getattr(layer, t) and t not in found.get(name, {})
+    ]
     if missing:
         raise ValueError(f"the adapter's file lacks {len(missing)} tensors that the model needs: {_some(missing)}")
     if unexpected:
@@ -109,6 +115,9 @@ def _verify_layer(name: str, layer: IdLoraLayer, adapter_name: str, tensors: dic
         raise ValueError(f"{name}.idlora_index: entries must lie in [0, {d}), got {index.min()} to {index.max()}")
     if index.unique().numel() != index.numel():
         raise ValueError(f"{name}.idlora_index: entries must be distinct, and some occur more than once")
+    scale = tensors.get("idlora_row_scale")
+    if scale is not None and not (scale.isfinite() & (scale >= 0)).all():
+        raise ValueError(f"{name}.idlora_row_scale: entries must be finite and not negative")
 
 
 def _belongs_to_saved_module(model: nn.Module, name: str) -> bool:
@@ -236,12 +245,12 @@ def load(
     if _has_adapter(model, adapter_name):
         holder: Any = model.base_model if isinstance(model, PeftModel) else model
         present = holder.peft_config[adapter_name]
-        if config.scaling != present.scaling:
-            raise ValueError(
-                f"load: the file's scaling is {config.scaling}, that of adapter {adapter_name!r} in the model "
-                f"{present.scaling}: its tensors would mean something else. Remove the adapter first, or load under "
-                "another adapter_name."
-            )
+        for name in ("scaling", "router"):
+            if (theirs := getattr(config, name)) != (ours := getattr(present, name)):
+                raise ValueError(
+                    f"load: the file's {name} is {theirs}, that of adapter {adapter_name!r} in the model {ours}: its "
+                    "tensors would mean something else. Remove the adapter first, or load under another adapter_name."
+                )
         present.base_mismatch = base_mismatch
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         return model

@@ -20,8 +20,14 @@ ADAPTER_OPTIONS = (
     ("num_clusters", int, "clusters of rows, k (default 4); a layer needs k * r output features"),
     ("rank_boost", int, "rank-boost factor s (default 2): B is [d/s, r/s] and used s times"),
     ("scaling", float, "factor on the update (default 1.0)"),
-    ("router", str, "form of the router: linear (default), or static, which can be merged and exported"),
-    ("selection", str, "how rows are chosen: nearest to each centroid (default), sequential or random"),
+    ("router", str, "form of the router: linear (default), bounded, or static, which can be merged and exported"),
+    (
+        "selection",
+        str,
+        "how rows are chosen: nearest to each centroid (default), sequential, random, or by pivoted_qr in each cluster "
+        "or pivoted_qr_whole",
+    ),
+    ("preset", str, "paper: the paper's own method and, unless given, sizes, whatever the defaults are"),
     ("dropout", float, "probability of zeroing entries of z in training (default 0)"),
     ("rank_fit", str, "layers too narrow for k * r rows: shrink their rank (default) or error"),
     (
@@ -244,11 +250,15 @@ def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="one router vector for all clusters (default) or one for each",
     )
+    group.add_argument(
+        "--row-scale", action=argparse.BooleanOptionalAction, help="give all chosen rows one norm (default: no)"
+    )
 
 
 def _adapter_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given; the others keep IdLoraConfig's defaults."""
-    fields = {name: getattr(args, name) for name, _, _ in ADAPTER_OPTIONS} | {"shared_router": args.shared_router}
+    names = [*(name for name, _, _ in ADAPTER_OPTIONS), "shared_router", "row_scale"]
+    fields = {name: getattr(args, name) for name in names}
     fields = {name: value for name, value in fields.items() if value is not None}
     for name in ("target_modules", "exclude_modules"):
         if re.fullmatch(r"[\w.,]+", fields.get(name, "")):  # names; anything else is all-linear or an expression

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
-Router = Literal["linear", "static"]
-Selection = Literal["nearest", "sequential", "random"]
+Router = Literal["linear", "bounded", "static"]
+Selection = Literal["nearest", "sequential", "random", "pivoted_qr", "pivoted_qr_whole"]
 RankFit = Literal["shrink", "error"]
 BaseMismatch = Literal["error", "warn"]
+Preset = Literal["paper"]
+
+# What a preset stands for: the method, which an argument may not contradict, and sizes, which one may replace.
+_METHODS: dict[str, dict[str, Any]] = {
+    "paper": {"router": "linear", "shared_router": True, "selection": "nearest", "row_scale": False},
+}
+_SIZES: dict[str, dict[str, Any]] = {"paper": {"r": 128, "num_clusters": 4, "rank_boost": 2, "scaling": 1.0}}
 
 
 @dataclass
 class IdLoraConfig(PeftConfig):
-    """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``.
+    """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i a_i x_i``, where the router
+    gives ``a_i`` and ``x_i = A_i h`` are products with chosen rows of ``W``; the paper's ``a_i`` is ``<T_i, x_i>``.
 
     Source: arXiv 2602.20727, §4; the defaults are the paper's multi-task setting. A layer of ``d`` outputs gets
     ``d * r / rank_boost^2`` trainable values for ``B`` and ``r`` (or ``num_clusters * r``) for the router ``T``
@@ -29,14 +37,22 @@ class IdLoraConfig(PeftConfig):
         num_clusters: ``k``. ``k * r`` rows are chosen, so a layer needs ``d >= k * r`` (see ``rank_fit``).
         rank_boost: ``s``: ``B`` is ``[d/s, r/s]`` and is used ``s`` times. 1 is the paper's "without RB".
         scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
-        router: ``"linear"``: ``a_i = <T_i, x_i>``. ``"static"``: ``z = sum_i a_i x_i``, ``a_i`` learned constants that
-            start at 1: the update is then a matrix of rank ``r``, which can be merged into ``W`` or exported as a LoRA.
+        router: ``"linear"`` (the paper): ``a_i = <T_i, x_i>``. ``"bounded"``: from ``T = 0``
+            ``a_i = 1 + tanh(4 <T_i, x_i / rms(x_i)>)``: the direction of ``x_i`` decides, and outlier tokens are not
+            amplified. ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank
+            ``r``, which can be merged into ``W`` or exported as a LoRA.
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
-        selection: which rows become ``A_i``: ``"nearest"`` to each centroid (the paper), or its ablations
-            ``"sequential"`` and ``"random"``.
+        selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations
+            ``"sequential"`` and ``"random"``; ``"pivoted_qr"``: of each cluster ``W_i`` the rows that a column-pivoted
+            QR of ``W_i^T`` picks first, an interpolative decomposition; ``"pivoted_qr_whole"``: the first ``k * r``
+            pivots of ``W^T``, without clusters. See :func:`idlora_ext.clustering.select_rows`.
+        row_scale: ``x_ij = c_ij W[index_ij] h``, ``c_ij`` the median norm of the rows of ``W`` over that of this row:
+            rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
+            saved with the adapter.
         dropout: probability of zeroing entries of ``z`` while training.
-        seed: of the clustering, the random selection and the router's start. Each layer derives its own from its name.
+        seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
+            layer derives its own from its name.
         rank_fit: ``"shrink"`` gives a layer too narrow for ``k * r`` rows the largest rank that fits and says so once;
             ``"error"`` refuses.
         rank_pattern: rank by layer name or regular expression, where it differs from ``r``.
@@ -51,9 +67,12 @@ class IdLoraConfig(PeftConfig):
             set it back to False to use a saved configuration for a fresh adapter.
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
             ``"warn"``. An attribute to set, not an argument, and never in a file: only who loads may relax it.
+        preset: ``"paper"``: the paper's own setting, whatever the defaults are: ``router="linear"``,
+            ``shared_router=True``, ``selection="nearest"``, ``row_scale=False``, and unless they are given ``r=128``,
+            ``num_clusters=4``, ``rank_boost=2``, ``scaling=1.0``. An argument only; the file has what it stands for.
 
     Raises:
-        ValueError, TypeError: on a value out of its range, naming the field.
+        ValueError, TypeError: on a value out of its range, or one that contradicts the preset, naming the field.
     """
 
     r: int = field(default=128, metadata={"help": "Rank: rows per cluster."})
@@ -63,6 +82,7 @@ class IdLoraConfig(PeftConfig):
     router: Router = field(default="linear", metadata={"help": "Form of the router."})
     shared_router: bool = field(default=True, metadata={"help": "One router vector for all clusters."})
     selection: Selection = field(default="nearest", metadata={"help": "How rows are chosen."})
+    row_scale: bool = field(default=False, metadata={"help": "Give all chosen rows one norm."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on z."})
     seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})
     rank_fit: RankFit = field(default="shrink", metadata={"help": "What to do with layers narrower than k * r."})
@@ -89,9 +109,19 @@ class IdLoraConfig(PeftConfig):
     base_mismatch: BaseMismatch = field(
         default="error", init=False, metadata={"help": "On loading onto another base layer."}
     )
+    preset: InitVar[Preset | None] = None
 
-    def __post_init__(self) -> None:
+    def __new__(cls, *args: Any, **given: Any) -> IdLoraConfig:
+        self = super().__new__(cls)
+        if given:  # a preset yields to what is given, and only here is that told apart from a default
+            self._given = given
+        return self
+
+    def __post_init__(self, preset: Preset | None) -> None:
         super().__post_init__()
+        given: dict[str, Any] = self.__dict__.pop("_given", {})
+        if preset is not None:
+            self._use_preset(preset, given)
         self.peft_type = PeftType.IDLORA
         for name in ("r", "num_clusters", "rank_boost"):
             self._require(name, "an integer >= 1", _is_int(getattr(self, name)) and getattr(self, name) >= 1)
@@ -106,6 +136,8 @@ class IdLoraConfig(PeftConfig):
             ("rank_fit", RankFit),
         ):
             self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
+        for name in ("shared_router", "row_scale"):
+            self._require(name, "True or False", isinstance(getattr(self, name), bool))
         for name in ("rank_pattern", "clusters_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"IdLoraConfig: {name} must be a dictionary, got {getattr(self, name)!r}")
@@ -125,6 +157,18 @@ class IdLoraConfig(PeftConfig):
             raise ValueError("IdLoraConfig: layers_to_transform needs target_modules as a list, got a pattern")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("IdLoraConfig: layers_pattern means nothing without layers_to_transform")
+
+    def _use_preset(self, preset: Preset, given: dict[str, Any]) -> None:
+        if preset not in _METHODS:
+            raise ValueError(f"IdLoraConfig: preset must be one of {', '.join(_METHODS)}, got {preset!r}")
+        for name, value in _METHODS[preset].items():
+            if given.get(name, value) != value:
+                raise ValueError(
+                    f"IdLoraConfig: preset={preset!r} means {name}={value!r}, got {given[name]!r}: leave one out"
+                )
+            setattr(self, name, value)
+        for name, value in _SIZES[preset].items():
+            setattr(self, name, given.get(name, value))
 
     def _require(self, name: str, expected: str, ok: bool, key: str | None = None) -> None:
         if not ok:

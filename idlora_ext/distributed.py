@@ -115,7 +115,7 @@ def fail(error: Exception) -> None:
 
 
 def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Choose) -> None:
-    """Have each layer's rows chosen on one rank, and the index, router and fingerprint brought to all.
+    """Have each layer's rows chosen on one rank; index, router, fingerprint and row scales are brought to all.
 
     Ranks whose weights are on the meta device receive only. If the ranks hold different layers (pipeline stages; their
     names or fingerprints differ), each chooses its own.
@@ -180,14 +180,19 @@ def _known(layer: IdLoraLayer, adapter: str) -> tuple[int, ...] | None:
 
 def _tensors(layer: IdLoraLayer, adapter: str) -> list[Tensor]:
     holders: tuple[Any, ...] = (layer.idlora_index, layer.idlora_router, layer.idlora_fingerprint)
+    holders += (layer.idlora_row_scale,) if adapter in layer.idlora_row_scale else ()
     return [holder[adapter].detach().cpu() for holder in holders]
 
 
-def _receive(layer: IdLoraLayer, adapter: str, index: Tensor, router: Tensor, fingerprint: Tensor) -> None:
+def _receive(
+    layer: IdLoraLayer, adapter: str, index: Tensor, router: Tensor, fingerprint: Tensor, *scale: Tensor
+) -> None:
     weight = stored(layer.get_base_layer())
     device = "cpu" if weight.is_meta else weight.device
     layer.idlora_index[adapter] = index.to(device)
     layer.idlora_fingerprint[adapter] = fingerprint.to(device)
+    for row_scale in scale:
+        layer.idlora_row_scale[adapter] = row_scale.to(device)
     if layer.idlora_B[adapter].is_meta:
         B = torch.zeros(layer.idlora_B[adapter].shape, dtype=layer.idlora_B[adapter].dtype)
         layer.idlora_B[adapter] = nn.Parameter(B, requires_grad=layer.idlora_B[adapter].requires_grad)

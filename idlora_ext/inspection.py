@@ -180,7 +180,7 @@ def cluster_statistics(model: nn.Module, adapter_name: str = "default") -> dict[
 def alpha_statistics(
     model: nn.Module, rows: Sequence[Sequence[int]], adapter_name: str = "default"
 ) -> dict[str, dict[str, list[float]]]:
-    """``mean``, ``std``, ``min`` and ``max`` over tokens of ``a_i = <T_i, A_i h>``, by layer, one value a cluster.
+    """``mean``, ``std``, ``min`` and ``max`` over tokens of the router's ``a_i``, by layer, one value a cluster.
 
     The tokens are those a layer receives: an expert not all of them, and without any it is left out.
 

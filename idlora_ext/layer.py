@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import distributed, integration, ops, profiling
+from . import bounded_router, distributed, integration, ops, profiling
 from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtype, stored
 from .clustering import select_rows
 from .config import IdLoraConfig
@@ -21,6 +21,7 @@ from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
 from .integration import BufferDict
 from .merging import MergeableLayer
+from .row_scale import row_scale
 
 if TYPE_CHECKING:
     from .mixed_batches import MixedBatch
@@ -44,6 +45,7 @@ class IdLoraLayer(MergeableLayer):
     ``idlora_index``: ``[k, r]`` int32 buffer, the chosen rows. ``idlora_router``: ``T``, ``[1, r]`` or ``[k, r]``;
     static: ``a``, ``[1]`` or ``[k]``.
     ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
+    ``idlora_row_scale``: ``[k, r]`` float32 buffer, only of adapters with ``row_scale``.
     ``name`` is the layer's in its model, for profilers.
     """
 
@@ -51,6 +53,8 @@ class IdLoraLayer(MergeableLayer):
     other_param_names = (
         "idlora_index",
         "idlora_fingerprint",
+        "idlora_row_scale",
+        "bounded",
         "scaling",
         "configured_scaling",
         "dropout",
@@ -68,6 +72,8 @@ class IdLoraLayer(MergeableLayer):
         self.idlora_router = nn.ParameterDict()
         self.idlora_B = nn.ParameterDict()
         self.idlora_fingerprint = BufferDict(persistent=True)
+        self.idlora_row_scale = BufferDict(persistent=True)
+        self.bounded: dict[str, bool] = {}  # whether the router is; the shapes tell the others apart
         self.scaling: dict[str, float] = {}
         self.configured_scaling: dict[str, float] = {}  # what set_scale multiplies and unscale_layer returns to
         self.dropout: dict[str, float] = {}
@@ -105,6 +111,9 @@ class IdLoraLayer(MergeableLayer):
         # Else with the rows, so that W is dequantised only once. Ranks that share out the rows compare it before.
         if config.index_stored or stored(base).is_meta or distributed.world_size() > 1:
             self._take_fingerprint(adapter_name, self.get_base_weight())
+        if config.row_scale:
+            self.idlora_row_scale[adapter_name] = torch.ones(k, r, device=device)
+        self.bounded[adapter_name] = config.router == "bounded"
         rows = 1 if config.shared_router else k
         router = torch.ones(rows) if config.router == "static" else torch.zeros(rows, r)
         self.idlora_router[adapter_name] = nn.Parameter(router.to(device, dtype))
@@ -117,7 +126,7 @@ class IdLoraLayer(MergeableLayer):
 
     @torch.no_grad()
     def choose_rows(self, adapter_name: str, config: IdLoraConfig, name: str, weight: Tensor | None = None) -> None:
-        """Cluster the rows of ``W``, keep the chosen ones, and start the router (``B`` stays zero).
+        """Choose rows of ``W`` (and their scales), and start the router (``B`` stays zero, and a bounded router too).
 
         ``name`` is the layer's, so that each layer has a seed of its own and the same one every time. ``weight`` is
         ``W`` if it has been read already.
@@ -127,9 +136,12 @@ class IdLoraLayer(MergeableLayer):
         seed = zlib.crc32(name.encode(), config.seed)
         weight = self.get_base_weight() if weight is None else weight
         self._take_fingerprint(adapter_name, weight)
-        self.idlora_index[adapter_name] = select_rows(weight, k, r, selection=config.selection, seed=seed)
-        if not self.is_static(adapter_name):
-            start_router(self.idlora_router[adapter_name], weight, self.idlora_index[adapter_name], seed)
+        self.idlora_index[adapter_name] = index = select_rows(weight, k, r, selection=config.selection, seed=seed)
+        scale = None
+        if config.row_scale:
+            self.idlora_row_scale[adapter_name] = scale = row_scale(weight, index)
+        if config.router == "linear":
+            start_router(self.idlora_router[adapter_name], weight, index, seed, scale)
         self.pending.discard(adapter_name)
 
     def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
@@ -139,16 +151,18 @@ class IdLoraLayer(MergeableLayer):
         self.idlora_fingerprint[adapter_name] = fingerprint(weight, dtype).to(device)
 
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
-        """``a_i = <T_i, A_i h>``: the router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
+        """The router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
 
-        A static router's do not depend on ``h``.
+        ``a_i = <T_i, x_i>`` with ``x_i = A_i h`` (rows scaled if ``row_scale``); a bounded router's are those of
+        :func:`idlora_ext.bounded_router.weights`, and a static router's do not depend on ``h``.
         """
         if self.is_static(adapter_name):
             k = len(self.idlora_index[adapter_name])
             return self.idlora_router[adapter_name].float().expand(*h.shape[:-1], k)
         y0, bias, bias_in_y0 = self._base_output(h)
-        x = self._gather(y0, self.idlora_index[adapter_name], bias if bias_in_y0 else None)
-        return (x.float() * self.idlora_router[adapter_name].float()).sum(-1)
+        x = self._gather(y0, adapter_name, bias if bias_in_y0 else None).float()
+        router = self.idlora_router[adapter_name].float()
+        return bounded_router.weights(x, router) if self.bounded[adapter_name] else (x * router).sum(-1)
 
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
         """``y0``, the layer's bias, and whether ``y0`` contains it.
@@ -181,9 +195,11 @@ class IdLoraLayer(MergeableLayer):
             return None
         return distributed.Columns(self.get_base_layer().weight)
 
-    def _gather(self, y0: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
-        columns = self._columns(y0)
-        return ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
+    def _gather(self, y0: Tensor, adapter: str, bias: Tensor | None) -> Tensor:
+        """``x [..., k, r]``, ``x_ij = c_ij (y0 - bias)[index_ij]``, in the dtype of ``y0``."""
+        columns, index = self._columns(y0), self.idlora_index[adapter]
+        x = ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
+        return (x * self.idlora_row_scale[adapter]).to(x.dtype) if adapter in self.idlora_row_scale else x
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """``scaling = scale * config.scaling`` for one adapter; nothing if the layer does not have it. As LoRA's."""
@@ -240,18 +256,24 @@ class Linear(nn.Module, IdLoraLayer):
 
     def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
-        if columns is None and len(adapters) == 1 and not (self.training and self.dropout[adapters[0]]):
+        if columns is None and len(adapters) == 1 and self._fused(adapters[0]):
             index, router, B = self._tensors(adapters[0], y0.dtype)
             return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
         y = y0
         added = None if bias_in_y0 else bias
         for adapter in adapters:  # each adapter reads the base output, not the one before it
-            index, router, B = self._tensors(adapter, y0.dtype)
-            x = self._gather(y0, index, bias if bias_in_y0 else None)
-            z = F.dropout(ops.rb_scale(x, router), self.dropout[adapter], self.training)
+            _, router, B = self._tensors(adapter, y0.dtype)
+            x = self._gather(y0, adapter, bias if bias_in_y0 else None)
+            z = (bounded_router.routed_sum if self.bounded[adapter] else ops.rb_scale)(x, router)
+            z = F.dropout(z, self.dropout[adapter], self.training)
             y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])
             added = None
         return y
+
+    def _fused(self, adapter: str) -> bool:
+        """Whether ``ops.adapt`` does all of an adapter: neither dropout, row scales nor a bounded router."""
+        dropout = self.training and self.dropout[adapter]
+        return not (dropout or self.bounded[adapter] or adapter in self.idlora_row_scale)
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         router, B = self.idlora_router[adapter], self.idlora_B[adapter]
@@ -277,8 +299,9 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int) -> None:
-    """``T_j ~ N(0, 1 / (k r w_j^2))``, ``w_j`` the norm of the chosen row (its mean over clusters if ``T`` is shared).
+def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int, scale: Tensor | None = None) -> None:
+    """``T_j ~ N(0, 1 / (k r w_j^2))``, ``w_j`` the norm of the chosen row (its mean over clusters if ``T`` is shared),
+    with ``row_scale`` that of the scaled row, ``c_ij ||W[index_ij]||``.
 
     For an input of unit variance ``x_ij`` has the size ``w_j``, so all ``r`` terms of ``a_i`` have one size, ``a_i``
     starts at about ``1 / sqrt(k)``, and the first gradient of ``B`` is about that of a product with one ``A_i h``.
@@ -288,6 +311,8 @@ def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int) -> No
         return
     k, r = index.shape
     norms = weight[index.flatten().long()].float().norm(dim=1).view(k, r)
+    if scale is not None:
+        norms = norms * scale
     if router.shape[0] == 1:
         norms = norms.mean(0, keepdim=True)
     normal = torch.randn(router.shape, generator=torch.Generator().manual_seed(seed)).to(router.device)

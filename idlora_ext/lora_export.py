@@ -20,9 +20,10 @@ from .layer import IdLoraLayer
 
 
 def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write ``lora_A = sum_i a_i W[index_i] [r, d_in]`` and ``lora_B = scaling * diag(B, .., B) [d, r]`` for PEFT.
+    """Write ``lora_A = sum_i a_i A_i [r, d_in]`` and ``lora_B = scaling * diag(B, .., B) [d, r]`` for PEFT.
 
-    The update of arXiv 2602.20727, eq. 4, is a LoRA of rank ``r`` if ``a_i`` are constants. The directory holds
+    The update of arXiv 2602.20727, eq. 4, is a LoRA of rank ``r`` if ``a_i`` are constants (``A_i = W[index_i]``, its
+    rows scaled if ``row_scale``). The directory holds
     ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in float32 (float64 if ``W`` is),
     ``modules_to_save`` included; nothing is left half-written. The model is not changed and may have merged adapters.
 
@@ -35,8 +36,9 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
         adapter_name: the adapter to export, active or not.
 
     Raises:
-        ValueError: the model has no such adapter, its router is linear, its tensors are still to be loaded, ``W`` is
-            sharded or on the meta device, or it is in fused experts, where plain PEFT has no layer. Nothing is written.
+        ValueError: the model has no such adapter, its router is not static, its tensors are still to be loaded, ``W``
+            is sharded or on the meta device, or it is in fused experts, where plain PEFT has no layer. Nothing is
+            written.
         OSError: the directory cannot be written.
     """
     config, others = adapter_state(model, adapter_name)

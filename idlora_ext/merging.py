@@ -1,8 +1,9 @@
-"""Merging: ``W' = W + sum over adapters of scaling * diag(B, .., B) sum_i a_i W[index_i]``, for static routers.
+"""Merging: ``W' = W + sum over adapters of scaling * diag(B, .., B) sum_i a_i A_i``, for static routers.
 
 With constants ``a_i`` the update of arXiv 2602.20727, eq. 4, is a matrix of rank ``r`` beside ``W``, so ``W`` can hold
-it. Its rows ``W[index_i]`` are always those of the original ``W``, which each merged layer keeps: a second adapter, an
-adapter that is added or saved meanwhile, and :func:`idlora_ext.to_lora` all read it and never the merged weight.
+it. The rows of ``A_i = W[index_i]`` (with ``row_scale`` ``diag(c_i) W[index_i]``) are always those of the original
+``W``, which each merged layer keeps: a second adapter, an adapter that is added or saved meanwhile, and
+:func:`idlora_ext.to_lora` all read it and never the merged weight.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from .fakes import accumulate
 from .integration import BaseTunerLayer, check_adapters_to_merge
 
 MERGE_REFUSED = (
-    "with a linear router it cannot be merged, nor exported as a LoRA: its weights a_i = <T_i, A_i h> depend on the "
-    'token, so no single W holds the update. Keep the adapter attached, or train one with router="static", which can.'
+    "with a linear or bounded router it cannot be merged, nor exported as a LoRA: its weights a_i depend on the token "
+    "through <T_i, A_i h>, so no single W holds the update. Keep the adapter attached, or train one with "
+    'router="static", which can.'
 )
 
 
@@ -36,6 +38,7 @@ class MergeableLayer(BaseTunerLayer):
     name: str
     unmerged_weight: Tensor | None = None
     idlora_index: Any
+    idlora_row_scale: Any
     idlora_router: Any
     idlora_B: Any
     scaling: dict[str, float]
@@ -47,19 +50,21 @@ class MergeableLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """``A = sum_i a_i W[index_i] [r, d_in]`` and ``scaling * B [d/s, r/s]``, float32 (float64 if ``W`` is).
+        """``A = sum_i a_i A_i [r, d_in]`` and ``scaling * B [d/s, r/s]``, float32 (float64 if ``W`` is).
 
         Raises:
-            ValueError: the router is linear.
+            ValueError: the router is not static.
         """
         if not self.is_static(adapter_name):
             raise ValueError(f"layer {self.name!r}, adapter {adapter_name!r}: {MERGE_REFUSED}")
         W, index = self.get_base_weight(), self.idlora_index[adapter_name].long()
         dtype = accumulate(W.dtype)
-        a = self.idlora_router[adapter_name].to(dtype).expand(len(index))
+        a = self.idlora_router[adapter_name].to(dtype).expand(len(index)).unsqueeze(-1)
+        if adapter_name in self.idlora_row_scale:
+            a = a * self.idlora_row_scale[adapter_name].to(dtype)
         A = torch.zeros(index.shape[1], W.shape[1], dtype=dtype, device=W.device)
         for a_i, rows in zip(a, index, strict=True):
-            A.addcmul_(W[rows].to(dtype), a_i)
+            A.addcmul_(W[rows].to(dtype), a_i.unsqueeze(-1))
         return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype)
 
     @torch.no_grad()
@@ -146,8 +151,8 @@ def refuse(layer: Any, adapters: Sequence[str]) -> None:
     """Refuse to merge what a weight cannot hold.
 
     Raises:
-        ValueError: adapters are disabled or without rows, a router is linear, or ``W`` is packed, sharded, not there or
-            computed from other parameters; naming the layer and the way out.
+        ValueError: adapters are disabled or without rows, a router is not static, or ``W`` is packed, sharded, not
+            there or computed from other parameters; naming the layer and the way out.
     """
     layer.refuse_pending(adapters)
     for adapter in adapters:

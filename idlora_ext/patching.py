@@ -52,7 +52,7 @@ def apply(
         raise TypeError(f"apply: config must be an IdLoraConfig, got {type(config).__qualname__}")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"apply: adapter_name must be a non-empty string without dots, got {adapter_name!r}")
-    known = {f.name for f in dataclasses.fields(IdLoraConfig) if f.init}
+    known = {f.name for f in dataclasses.fields(IdLoraConfig) if f.init} | {"preset"}
     if unknown := sorted(set(fields) - known):
         raise TypeError(f"apply: IdLoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     config = dataclasses.replace(config, **fields) if config is not None else IdLoraConfig(**fields)

@@ -11,21 +11,31 @@ from torch import Tensor
 
 
 def linear(
-    h: Tensor, W: Tensor, b: Tensor | None, index: Tensor, router: Tensor, B: Tensor, scaling: float = 1.0
+    h: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    index: Tensor,
+    router: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    *,
+    row_scale: Tensor | None = None,
+    bounded: bool = False,
 ) -> Tensor:
     """``y = h W^T + b + scaling * sum_i <T_i, A_i h> concat_j(B (A_i h)^(j))``.
 
     Args:
         h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
-        or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``.
+        or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``; row_scale: ``c [k, r]``, then
+        ``A_i = diag(c_i) W[index_i]``; bounded: ``1 + tanh(4 <T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
 
     Returns:
         ``[..., d]``.
     """
     y = h @ W.T if b is None else h @ W.T + b
     for i, rows in enumerate(index.long()):
-        x_i = h @ W[rows].T
-        y = y + scaling * _boosted(x_i, router[min(i, router.shape[0] - 1)], B)
+        A_i = W[rows] if row_scale is None else torch.diag(row_scale[i].to(W.dtype)) @ W[rows]
+        y = y + scaling * _boosted(h @ A_i.T, router[min(i, router.shape[0] - 1)], B, bounded)
     return y
 
 
@@ -46,7 +56,33 @@ def adapt(
     return y
 
 
-def _boosted(x_i: Tensor, T_i: Tensor, B: Tensor) -> Tensor:
-    """``a_i concat_j(B x_i^(j))``, ``a_i = <T_i, x_i>``, or the constant that is given as ``T_i``."""
-    a_i = (x_i * T_i).sum(-1, keepdim=True) if T_i.ndim else T_i
+def alpha(x_i: Tensor, T_i: Tensor, bounded: bool = False) -> Tensor:
+    """``a_i = <T_i, x_i>``, ``1 + tanh(4 <T_i, x_i / rms(x_i)>)``, or the constant that is given as ``T_i``."""
+    if not T_i.ndim:
+        return T_i
+    if bounded:
+        return 1 + (4 * (x_i * T_i).sum(-1, keepdim=True) / x_i.square().mean(-1, keepdim=True).sqrt()).tanh()
+    return (x_i * T_i).sum(-1, keepdim=True)
+
+
+def row_scale(W: Tensor, index: Tensor) -> Tensor:
+    """``c_ij``: the median norm of the rows that are not zero over ``||W[index_ij]||``, and 0 for a row of zeros."""
+    norms = [float(row.norm()) for row in W]
+    median = sorted(n for n in norms if n)[(sum(n > 0 for n in norms) - 1) // 2]
+    return torch.tensor([[median / norms[row] if norms[row] else 0.0 for row in rows] for rows in index.tolist()])
+
+
+def pivoted_rows(W: Tensor, count: int) -> list[int]:
+    """Each time the row that is farthest from the span of those before it; ``count`` is at most the rank of ``W``."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        A = W[chosen]
+        left = (W - W @ torch.linalg.pinv(A) @ A).norm(dim=1) if chosen else W.norm(dim=1)
+        chosen.append(int(left.argmax()))
+    return chosen
+
+
+def _boosted(x_i: Tensor, T_i: Tensor, B: Tensor, bounded: bool = False) -> Tensor:
+    """``a_i concat_j(B x_i^(j))``."""
+    a_i = alpha(x_i, T_i, bounded)
     return a_i * torch.cat([part @ B.T for part in x_i.split(B.shape[1], dim=-1)], dim=-1)

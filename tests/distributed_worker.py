@@ -123,7 +123,7 @@ def weights_on_rank_0_only(directory):
     else:
         with torch.device("meta"):
             model = tiny_llama()
-    return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS))
+    return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS, row_scale=True))
 
 
 def ddp(directory):
@@ -253,7 +253,7 @@ def shard_on_cpu():
     AcceleratorState.__init__ = init
 
 
-def trainer(directory, door, fsdp):
+def trainer(directory, door, fsdp, **fields):
     from transformers import Trainer, TrainingArguments
 
     rank, world = rank_and_world()
@@ -268,7 +268,7 @@ def trainer(directory, door, fsdp):
                 module.__init__(model.config)
         if door == "apply":
             return idlora_ext.apply(model, progress=False, **FIELDS)
-        return get_peft_model(model, IdLoraConfig(**FIELDS))
+        return get_peft_model(model, IdLoraConfig(**FIELDS, **fields))
 
     sharding = {}
     if fsdp is not None and world > 1:
@@ -359,11 +359,16 @@ SCENARIOS = {
     "tensor_parallel": tensor_parallel,
     "tensor_parallel_static": lambda directory: tensor_parallel(directory, router="static", shared_router=False),
     "tensor_parallel_routers": lambda directory: tensor_parallel(directory, shared_router=False, rank_boost=4),
+    "tensor_parallel_bounded": lambda directory: tensor_parallel(
+        directory, router="bounded", row_scale=True, selection="pivoted_qr"
+    ),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
     "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
     "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
     "trainer_fsdp2_peft": lambda directory: trainer(directory, "peft", {}),
-    "trainer_fsdp2_efficient": lambda directory: trainer(directory, "peft", {"cpu_ram_efficient_loading": True}),
+    "trainer_fsdp2_efficient": lambda directory: trainer(
+        directory, "peft", {"cpu_ram_efficient_loading": True}, row_scale=True
+    ),
 }
 
 

@@ -125,7 +125,7 @@ def test_trainer_on_two_ranks(records, name):
     assert not torch.equal(one["logits"], logits(tiny_llama()))
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel", "tensor_parallel_routers", "tensor_parallel_static"])
+@pytest.mark.parametrize("name", [f"tensor_parallel{variant}" for variant in ("", "_routers", "_static", "_bounded")])
 def test_tensor_parallel_is_exact(records, name):
     one, *two = records(name)
     for record in two:

@@ -134,7 +134,10 @@ def test_wrong_arguments_of_apply():
         ({"r": 0}, "r must be an integer >= 1, got 0"),
         ({"r": 7}, "r must be a multiple of rank_boost = 2, got 7"),
         ({"num_clusters": 1.5}, "num_clusters must be an integer"),
-        ({"selection": "best"}, "selection must be one of nearest, sequential, random, got 'best'"),
+        (
+            {"selection": "best"},
+            "selection must be one of nearest, sequential, random, pivoted_qr, pivoted_qr_whole, got 'best'",
+        ),
         ({"router": "square"}, "router must be one of linear"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
         ({"rank_fit": "maybe"}, "rank_fit must be one of shrink, error"),

@@ -174,10 +174,10 @@ def _static(cases: list[Case]) -> Iterator[Case]:
     """A part of the cases, every variant among them, once more with a static router."""
     choose = random.Random(1).choice
     for case in cases:
-        if case.op not in ROUTED or case.N == MANY:
+        if case.op not in ROUTED:
             continue
-        if case.outlier:
-            yield replace(case, static=True)
+        if case.outlier or case.N == MANY:
+            yield replace(case, static=True, shared=case.outlier)
         elif case.shape in REFERENCE or choose((True, False, False)):
             yield replace(case, static=True, shared=choose((True, False)))
 
