@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
@@ -46,6 +46,8 @@ class IdLoraConfig(PeftConfig):
         layers_to_transform: indices of the transformer layers to adapt; all by default.
         layers_pattern: name of the list of layers that ``layers_to_transform`` indexes, if it is not obvious.
         modules_to_save: further modules to train and save in full, such as a new classification head.
+        trainable_token_indices: tokens whose embeddings are trained too: ids, or ids by the name of an embedding, as
+            TRL asks for where a chat template adds tokens.
         index_stored: the rows are in the adapter's file and are never chosen again. True in the configuration that is
             saved with an adapter; set it to False to use such a one for a fresh adapter.
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
@@ -83,6 +85,9 @@ class IdLoraConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
     index_stored: bool = field(default=False, metadata={"help": "The chosen rows are in the adapter's file."})
     base_mismatch: BaseMismatch = field(
@@ -128,6 +133,11 @@ class IdLoraConfig(PeftConfig):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("IdLoraConfig: layers_pattern means nothing without layers_to_transform")
 
+    def __getattr__(self, name: str) -> NoReturn:
+        # For what was not found: libraries read fields of LoRA's of whatever configuration they are given.
+        own = ", which is LoRA's own: the README says what there is instead" if name in _LORA_FIELDS else ""
+        raise AttributeError(f"IdLoraConfig has no {name}{own}", name=name, obj=self)
+
     def _require(self, name: str, expected: str, ok: bool, key: str | None = None) -> None:
         if not ok:
             got = getattr(self, name) if key is None else {key: getattr(self, name)[key]}
@@ -156,6 +166,9 @@ class IdLoraConfig(PeftConfig):
             self.target_modules = self.made[0]
         self.made = None
         return before
+
+
+_LORA_FIELDS = LoraConfig.__dataclass_fields__
 
 
 def _is_int(value: Any) -> bool:

@@ -334,7 +334,8 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
     inside = {m for layer in model.modules() if isinstance(layer, BaseTunerLayer) for m in layer.modules()}
-    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    inner = getattr(model, "_orig_mod", model)  # of a compiled model, whose head PEFT does not see
+    head = inner.get_output_embeddings() if isinstance(inner, transformers.PreTrainedModel) else None
     missed = {
         name
         for name, m in model.named_modules()
@@ -342,7 +343,7 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
     }
     wrapped = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     heads = _LATE_HEADS.get(config.task_type, ())
-    saved = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in heads}
+    saved = {n for n, m in model.named_modules() if n.rpartition(".")[2] in heads or (m is head and inner is not model)}
     if missed or wrapped or saved:
         found = _maybe_include_all_linear_layers(config, model).target_modules | missed
         config.target_modules = {n for n in found - saved if not any(n.startswith(f"{path}.") for path in wrapped)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import integration
-from .integration import BaseTunerLayer
+from .integration import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 if TYPE_CHECKING:
     from .layer import IdLoraLayer
@@ -132,6 +132,8 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
         raise TypeError(f"adapter_names must be a list of strings, one for each row of the batch, got {names!r}")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
+    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    saved = {module for wrapper in wrappers for module in wrapper.modules()}  # they take part in their own way
     layers = []
     for path, module in model.named_modules():
         if isinstance(module, IdLoraLayer):
@@ -143,7 +145,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
                     f"Cannot pass `adapter_names`: the adapted layer {path!r} sees the tokens routed to it, not the "
                     "rows of the batch. Run the rows of each adapter as a batch of their own (set_adapter)."
                 )
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and module not in saved:
             raise ValueError(f"Cannot pass `adapter_names`: layer {path!r} has an adapter of another method")
     known = {name for layer in layers for name in layer.idlora_B}
     if unknown := sorted(set(names) - known - {BASE}):

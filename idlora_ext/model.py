@@ -20,11 +20,19 @@ from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
-from .integration import BaseTuner, ExcludedModule, check_target_module_exists, get_quantization_kwargs
+from .integration import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    ExcludedModule,
+    check_target_module_exists,
+    get_quantization_kwargs,
+)
 from .layer import IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
 from .refusals import brief, refuse_existing, refuse_foreign_layers, unsupported
 from .restore import ModelState, remember_trainable
+
+_COMPILED = "_orig_mod."  # what torch.compile puts before every name, and PEFT leaves out when it has a state dict
 
 
 class IdLoraModel(BaseTuner):
@@ -91,7 +99,7 @@ class IdLoraModel(BaseTuner):
             remember_trainable(model)
             self._names: dict[int, list[str]] = {}
             for name, module in model.named_modules(remove_duplicate=False):
-                self._names.setdefault(id(module), []).append(name)
+                self._names.setdefault(id(module), []).append(name.removeprefix(_COMPILED))
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 integration.refuse_adapter_names(model)
@@ -178,7 +186,7 @@ class IdLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         reason = unsupported(target, parent, peft_config.dropout)
-        if names := [name for name in self._names.get(id(target), []) if name != current_key]:
+        if names := [name for name in self._names.get(id(target), []) if name != current_key.removeprefix(_COMPILED)]:
             reason = reason or f"the same module is also {', '.join(names)}, and would be adapted under one name only"
         if reason:
             self._unsupported.setdefault(f" ({reason})", []).append(current_key)
@@ -205,7 +213,8 @@ class IdLoraModel(BaseTuner):
         self._new.append((current_key, layer))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if getattr(child, "base_layer", None) is new_module:  # unload: as it was, though it may have no `weight`
+        # Unload: as it was, though it may have no `weight`, or one that is computed (trainable tokens).
+        if getattr(child, "base_layer", None) is new_module or isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
