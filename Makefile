@@ -2,6 +2,7 @@
 # Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
 # environment variables choose what is built; after changing one, make clean).
 # make test-versions: what touches PEFT, under the oldest versions of PEFT and transformers that are supported.
+# make test-peft: PEFT's own behaviour tests, with ID-LoRA in the place of the methods they list (5 to 10 minutes).
 # make test-fallback: the operators' tests without the native module, and with one built without CUDA.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VERSIONS_TESTS := tests/test_versions.py tests/test_tuner.py tests/test_checkpoi
 	$(wildcard tests/test_peft_*.py)
 FALLBACK_TESTS := tests/test_ops.py tests/test_native.py tests/test_clustering.py
 
-.PHONY: demo test test-versions test-fallback lint types unit bench clean
+.PHONY: demo test test-versions test-peft test-fallback lint types unit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -41,6 +42,9 @@ test-versions: $(INSTALLED)
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		$$($(BIN)/python -c "from idlora_ext.tested_versions import oldest; print(*oldest())")
 	build/oldest/bin/python -m pytest $(VERSIONS_TESTS)
+
+test-peft: $(INSTALLED)
+	$(BIN)/python tests/peft_own/run.py $(PYTEST_ARGS)
 
 test-fallback: $(INSTALLED)
 	IDLORA_NATIVE=0 $(BIN)/pytest $(FALLBACK_TESTS)

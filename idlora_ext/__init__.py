@@ -40,5 +40,4 @@ __all__ = [
 
 integration.teach_trainer()
 integration.teach_accelerate()
-integration.teach_peft_model()
 integration.teach_refusals()

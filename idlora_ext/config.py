@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
@@ -63,8 +62,10 @@ class IdLoraConfig(PeftConfig):
         layers_to_transform: indices of the transformer layers to adapt; all by default.
         layers_pattern: name of the list of layers that ``layers_to_transform`` indexes, if it is not obvious.
         modules_to_save: further modules to train and save in full, such as a new classification head.
-        index_stored: the rows are in the adapter's file and are never chosen again. Set once rows have been chosen;
-            set it back to False to use a saved configuration for a fresh adapter.
+        trainable_token_indices: tokens whose embeddings are trained too: ids, or ids by the name of an embedding, as
+            TRL asks for where a chat template adds tokens.
+        index_stored: the rows are in the adapter's file and are never chosen again. True in the configuration that is
+            saved with an adapter; set it to False to use such a one for a fresh adapter.
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
             ``"warn"``. An attribute to set, not an argument, and never in a file: only who loads may relax it.
         preset: ``"paper"``: the paper's own setting, whatever the defaults are: ``router="linear"``,
@@ -105,10 +106,15 @@ class IdLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
+    )
     index_stored: bool = field(default=False, metadata={"help": "The chosen rows are in the adapter's file."})
     base_mismatch: BaseMismatch = field(
         default="error", init=False, metadata={"help": "On loading onto another base layer."}
     )
+    # Once rows have been chosen with it: target_modules as asked for, and as resolved.
+    made: tuple[Any, Any] | None = field(default=None, init=False, repr=False, compare=False)
     preset: InitVar[Preset | None] = None
 
     def __new__(cls, *args: Any, **given: Any) -> IdLoraConfig:
@@ -170,6 +176,11 @@ class IdLoraConfig(PeftConfig):
         for name, value in _SIZES[preset].items():
             setattr(self, name, given.get(name, value))
 
+    def __getattr__(self, name: str) -> NoReturn:
+        # For what was not found: libraries read fields of LoRA's of whatever configuration they are given.
+        own = ", which is LoRA's own: the README says what there is instead" if name in _LORA_FIELDS else ""
+        raise AttributeError(f"IdLoraConfig has no {name}{own}", name=name, obj=self)
+
     def _require(self, name: str, expected: str, ok: bool, key: str | None = None) -> None:
         if not ok:
             got = getattr(self, name) if key is None else {key: getattr(self, name)[key]}
@@ -178,7 +189,8 @@ class IdLoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to ``adapter_config.json``."""
         values = super().to_dict()
-        del values["base_mismatch"]
+        del values["base_mismatch"], values["made"]
+        values["index_stored"] = self.index_stored or self.made is not None
         return values
 
     def sizes(self, layer: str) -> tuple[int, int]:
@@ -186,9 +198,20 @@ class IdLoraConfig(PeftConfig):
         k = self.clusters_pattern.get(get_pattern_key(self.clusters_pattern.keys(), layer), self.num_clusters)
         return k, self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
 
-    def resolved(self) -> IdLoraConfig:
-        """A copy that a model may own: resolving targets must not change the configuration a user passed in."""
-        return copy.deepcopy(self)
+    def begin(self) -> dict[str, Any]:
+        """Get ready for one more adapter; returns what a failure is to put back.
+
+        As for LoRA, a model holds the very object it is given (PEFT's task models change theirs, and rely on it), and
+        "all-linear" becomes the names of its layers there. A second adapter is made with what was asked for.
+        """
+        before = dict(vars(self))
+        if self.made is not None and self.made[1] == self.target_modules:
+            self.target_modules = self.made[0]
+        self.made = None
+        return before
+
+
+_LORA_FIELDS = LoraConfig.__dataclass_fields__
 
 
 def _is_int(value: Any) -> bool:

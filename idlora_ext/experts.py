@@ -51,6 +51,15 @@ class UnfusedExperts(nn.Module):
             products = {name: ExpertLinear(base_layer, name, expert) for name in _products(base_layer)}
             self.add_module(str(expert), nn.ModuleDict(products))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer" and isinstance(value, BaseTunerLayer):  # PEFT puts one around a parameter
+            raise ValueError(
+                f"{type(value.get_base_layer()).__qualname__}: its experts are open for ID-LoRA, so another adapter "
+                "cannot have their fused parameters (target_parameters). Leave the experts to one of the two: name "
+                'other target_parameters, or make the ID-LoRA adapter with exclude_modules=["experts"].'
+            )
+        super().__setattr__(name, value)
+
     def get_base_layer(self) -> nn.Module:
         """The original module, as PEFT's ``unload`` asks for it."""
         base: nn.Module = self.base_layer

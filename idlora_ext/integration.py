@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import peft.mixed_model
 import peft.utils.hotswap
 import transformers
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftType
 
 # The registry that register_peft_method fills, by PeftType.
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -274,27 +274,6 @@ def allow_adapter_names(model: nn.Module) -> None:
         model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def teach_peft_model() -> None:
-    """Let ``PeftModel`` refuse ``adapter_names`` while its adapters are disabled.
-
-    ``PeftModel._enable_peft_forward_hooks`` does not ask the tuner then: all rows would silently get the base model.
-    """
-    from .model import IdLoraModel
-
-    original = PeftModel._enable_peft_forward_hooks
-    if hasattr(original, "_idlora"):
-        return
-
-    @functools.wraps(original)
-    def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.base_model, IdLoraModel) and kwargs.get("adapter_names") is not None:
-            return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    enable._idlora = True  # type: ignore[attr-defined]
-    PeftModel._enable_peft_forward_hooks = enable
-
-
 def teach_refusals() -> None:
     """Let PEFT's refusals of what it has for LoRA only name the way out for ID-LoRA.
 
@@ -346,7 +325,8 @@ def quantization_backend(base_layer: nn.Module, arguments: dict[str, Any]) -> Qu
 
 def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
     """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen, and
-    without the copies of modules that another adapter trains in full (``modules_to_save``), which PEFT takes in.
+    without modules that this or another adapter trains in full (``modules_to_save``), which PEFT takes in: its models
+    for token classification and question answering add their head only when the adapter is there.
 
     Relies on PEFT's ``_maybe_include_all_linear_layers`` writing names into ``target_modules``, and leaving alone what
     is resolved already. The head and what lies inside adapted layers stay out, as there.
@@ -354,16 +334,23 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
     inside = {m for layer in model.modules() if isinstance(layer, BaseTunerLayer) for m in layer.modules()}
-    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    inner = getattr(model, "_orig_mod", model)  # of a compiled model, whose head PEFT does not see
+    head = inner.get_output_embeddings() if isinstance(inner, transformers.PreTrainedModel) else None
     missed = {
         name
         for name, m in model.named_modules()
         if is_linear(m) and not isinstance(m, (nn.Linear, Conv1D)) and m not in inside and m is not head
     }
     wrapped = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    if missed or wrapped:
+    heads = _LATE_HEADS.get(config.task_type, ())
+    saved = {n for n, m in model.named_modules() if n.rpartition(".")[2] in heads or (m is head and inner is not model)}
+    if missed or wrapped or saved:
         found = _maybe_include_all_linear_layers(config, model).target_modules | missed
-        config.target_modules = {n for n in found if not any(n.startswith(f"{path}.") for path in wrapped)}
+        config.target_modules = {n for n in found - saved if not any(n.startswith(f"{path}.") for path in wrapped)}
+
+
+# What PeftModelForTokenClassification and PeftModelForQuestionAnswering add to modules_to_save after the injection.
+_LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def parameter_count(parameter: nn.Parameter) -> int:

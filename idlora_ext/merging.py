@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .base_weight import base_weight, is_quantised, stored
@@ -68,10 +69,18 @@ class MergeableLayer(BaseTunerLayer):
         return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype)
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """``scaling * diag(B, .., B) A [d, d_in]``, float32 (float64 if ``W`` is); PEFT's ``convert_to_lora`` asks."""
+    def update_matrix(self, adapter_name: str) -> Tensor:
+        """``scaling * diag(B, .., B) A [d, d_in]``, float32 (float64 if ``W`` is)."""
         A, B = self.lora_factors(adapter_name)
         return (B @ A.unflatten(0, (-1, B.shape[1]))).flatten(0, 1)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """:meth:`update_matrix` as the base layer stores its weight, ``[d_in, d]`` of a ``Conv1D``.
+
+        PEFT's ``convert_to_lora`` asks.
+        """
+        update = self.update_matrix(adapter_name)
+        return update.t() if isinstance(self.get_base_layer(), Conv1D) else update
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name in self.idlora_B and self.is_static(adapter_name)
@@ -126,12 +135,12 @@ def merged_weight(layer: Any, adapters: Sequence[str], safe: bool) -> Tensor:
     W = layer.get_base_weight()
     merged = W.to(accumulate(W.dtype), copy=True)
     for adapter in (*layer.merged_adapters, *adapters):
-        merged += layer.get_delta_weight(adapter)
+        merged += layer.update_matrix(adapter)
     merged = merged.to(W.dtype)
     if safe and not merged.isfinite().all():
         raise ValueError(
-            f"layer {layer.name!r}: merging {', '.join(map(repr, adapters))} gives a weight with NaNs or infinities, "
-            f"so nothing was merged: the adapter seems to be broken, or {W.dtype} does not hold the sum"
+            f"layer {layer.name!r}: NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
+            f"broken, or {W.dtype} does not hold the sum. Nothing was merged."
         )
     return merged
 

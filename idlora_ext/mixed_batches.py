@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import integration
-from .integration import BaseTunerLayer
+from .integration import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 if TYPE_CHECKING:
     from .layer import IdLoraLayer
@@ -62,17 +62,28 @@ class MixedBatch:
         """The groups of a batch with as many rows as ``h [batch, ..., d_in]``."""
         groups = self.groups.get(len(h))
         if groups is None:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {self.count} and "
-                f"{len(h)} respectively. Rows must be the entries of the batch: a layer that sees the batch flattened "
-                "or in another order cannot tell whose they are, and beams or several returned sequences must be said "
-                "(num_beams)."
-            )
+            self._refuse(len(h))
         return groups
+
+    def check_inputs(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Refuse what a model is called with if it does not have a row for each name."""
+        named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")]
+        given = next((t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
+        if given is not None and len(given) not in self.groups:
+            self._refuse(len(given))
+
+    def _refuse(self, rows: int) -> NoReturn:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {self.count} and {rows} "
+            "respectively. Rows must be the entries of the batch: a layer that sees the batch flattened or in another "
+            "order cannot tell whose they are, and beams or several returned sequences must be said (num_beams)."
+        )
 
     def forward(self, layer: IdLoraLayer, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [batch, ..., d_in]`` to ``[batch, ..., d]``, every row as if it were run alone with its adapter."""
-        refuse_disabled_or_merged(layer)
+        if layer.disable_adapters:  # as with PEFT's LoRA, that has precedence
+            return layer.base_layer(h, *args, **kwargs)
+        refuse_merged(layer)
         groups = self.of(h)
         if not any(name in layer.idlora_B for name, _ in groups.slices):
             return layer.base_layer(h, *args, **kwargs)
@@ -93,13 +104,14 @@ class MixedBatch:
 
 
 @contextlib.contextmanager
-def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1) -> Iterator[None]:
+def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1) -> Iterator[MixedBatch]:
     """``y_n = y0_n + scaling * concat_j(B z_n^(j))`` with ``B`` and the router of adapter ``names[n]`` for row ``n``.
 
     >>> with idlora_ext.adapter_names(model, ["french", "__base__", "french"]):
     ...     model.generate(**three_prompts)
 
-    Holds inside the context. Adapters may differ in rank, clusters, router and dtype. For a ``PeftModel``,
+    Holds inside the context, for layers whose adapters are not disabled. They may differ in rank, clusters, router and
+    dtype. For a ``PeftModel``,
     ``model(..., adapter_names=...)`` and ``model.generate(..., adapter_names=...)`` do the same.
 
     Args:
@@ -110,9 +122,9 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
             every row that often.
 
     Raises:
-        TypeError, ValueError: before anything runs, on names that no layer has, in training mode, on disabled or merged
-            adapters, or adapted layers that do not see the rows of the batch (experts). A number of names that is
-            not the number of rows is refused by the first adapted layer.
+        TypeError, ValueError: before anything runs, on names that no layer has, in training mode, on merged adapters,
+            adapted layers that do not see the rows of the batch (experts), and, as ``model`` is called, on a number of
+            names that is not the number of rows.
     """
     from .layer import IdLoraLayer
 
@@ -120,18 +132,20 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
         raise TypeError(f"adapter_names must be a list of strings, one for each row of the batch, got {names!r}")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
+    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    saved = {module for wrapper in wrappers for module in wrapper.modules()}  # they take part in their own way
     layers = []
     for path, module in model.named_modules():
         if isinstance(module, IdLoraLayer):
             layers.append(module)
-            refuse_disabled_or_merged(module)
+            refuse_merged(module)
             module.refuse_pending(names)
             if "experts" in path.split("."):
                 raise ValueError(
                     f"Cannot pass `adapter_names`: the adapted layer {path!r} sees the tokens routed to it, not the "
                     "rows of the batch. Run the rows of each adapter as a batch of their own (set_adapter)."
                 )
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and module not in saved:
             raise ValueError(f"Cannot pass `adapter_names`: layer {path!r} has an adapter of another method")
     known = {name for layer in layers for name in layer.idlora_B}
     if unknown := sorted(set(names) - known - {BASE}):
@@ -144,23 +158,24 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
         for device in {B.device for layer in layers for B in layer.idlora_B.values() if not B.is_meta}:
             groups.on(device)  # here, so that no layer waits for a copy to its device
     before = [layer.mixed_batch for layer in layers]
+
+    def check(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        batch.check_inputs(args, kwargs)
+
     with integration.mixed_saved_modules(model, batch):
+        handle = model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             for layer in layers:
                 layer.mixed_batch = batch
-            yield
+            yield batch
         finally:
+            handle.remove()
             for layer, previous in zip(layers, before, strict=True):
                 layer.mixed_batch = previous
 
 
-def refuse_disabled_or_merged(layer: IdLoraLayer) -> None:
+def refuse_merged(layer: IdLoraLayer) -> None:
     if layer.merged:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-    if layer.disable_adapters:
-        raise ValueError(
-            "Cannot pass `adapter_names` when the adapters are disabled, please enable them first. "
-            f'Rows named "{BASE}" are run without an adapter.'
         )

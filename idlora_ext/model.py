@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -20,10 +20,19 @@ from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
-from .integration import BaseTuner, BaseTunerLayer, ExcludedModule, check_target_module_exists, get_quantization_kwargs
+from .integration import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    ExcludedModule,
+    check_target_module_exists,
+    get_quantization_kwargs,
+)
 from .layer import IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
+from .refusals import brief, refuse_existing, refuse_foreign_layers, unsupported
 from .restore import ModelState, remember_trainable
+
+_COMPILED = "_orig_mod."  # what torch.compile puts before every name, and PEFT leaves out when it has a state dict
 
 
 class IdLoraModel(BaseTuner):
@@ -34,7 +43,7 @@ class IdLoraModel(BaseTuner):
 
     Args:
         model: any ``nn.Module``.
-        peft_config: the adapter's settings; a copy is kept.
+        peft_config: the adapter's settings; the object is kept, as PEFT does, see :meth:`IdLoraConfig.begin`.
         adapter_name: its name.
         low_cpu_mem_usage: PEFT's: parameters on the meta device, to be filled from a file.
         state_dict: PEFT's: adapt the layers whose names occur in it.
@@ -61,7 +70,7 @@ class IdLoraModel(BaseTuner):
     ) -> None:
         self._progress = progress
         # PEFT replaces a configuration of the same name before it calls inject_adapter: refuse, and remember, first.
-        _refuse_existing(model, adapter_name)
+        refuse_existing(model, adapter_name)
         self._before: dict[str, ModelState] = {adapter_name: ModelState(model)}
         with warnings.catch_warnings():
             # PEFT warns of any second adapter on an injected model; several adapters are an ordinary thing.
@@ -78,18 +87,19 @@ class IdLoraModel(BaseTuner):
     ) -> None:
         before = self._before.get(adapter_name)
         if before is None:  # a further adapter of a PeftModel, which has noted the configuration already
-            _refuse_existing(model, adapter_name)
+            refuse_existing(model, adapter_name)
             before = ModelState(model)
             before.configs.pop(adapter_name, None)
+        config = self.peft_config[adapter_name]
+        settings, asked = config.begin(), config.target_modules
         self._new: list[tuple[str, IdLoraLayer]] = []
         self._unsupported: dict[str, list[str]] = {}
         self._shrunk: dict[str, list[str]] = {}
         try:
-            config = self.peft_config[adapter_name] = self.peft_config[adapter_name].resolved()
             remember_trainable(model)
             self._names: dict[int, list[str]] = {}
             for name, module in model.named_modules(remove_duplicate=False):
-                self._names.setdefault(id(module), []).append(name)
+                self._names.setdefault(id(module), []).append(name.removeprefix(_COMPILED))
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 integration.refuse_adapter_names(model)
@@ -103,13 +113,15 @@ class IdLoraModel(BaseTuner):
                 self._choose_rows(config, adapter_name)
         except BaseException:
             before.restore()
+            vars(config).clear()
+            vars(config).update(settings)
             raise
         if config.index_stored:
             self._before[adapter_name] = before  # until the tensors have been loaded and verified
             integration.verify_transformers_load(model, before, functools.partial(verify, model, config, adapter_name))
         else:
             self._before.pop(adapter_name, None)
-            config.index_stored = True
+            config.made = (asked, config.target_modules)
         del self._new, self._unsupported, self._shrunk, self._names
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -119,7 +131,7 @@ class IdLoraModel(BaseTuner):
         the model. What looks like fused linear layers, is targeted and cannot be opened is an error: never silently
         left frozen. Nor are layers that another tuner has adapted, which PEFT would not count as linear.
         """
-        _refuse_foreign_layers(peft_config, model)
+        refuse_foreign_layers(peft_config, model)
         unsupported = []
         for name, module in list(model.named_modules()):
             parent, _, child = name.rpartition(".")
@@ -173,8 +185,8 @@ class IdLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        reason = _unsupported(target, parent, peft_config.dropout)
-        if names := [name for name in self._names.get(id(target), []) if name != current_key]:
+        reason = unsupported(target, parent, peft_config.dropout)
+        if names := [name for name in self._names.get(id(target), []) if name != current_key.removeprefix(_COMPILED)]:
             reason = reason or f"the same module is also {', '.join(names)}, and would be adapted under one name only"
         if reason:
             self._unsupported.setdefault(f" ({reason})", []).append(current_key)
@@ -201,7 +213,8 @@ class IdLoraModel(BaseTuner):
         self._new.append((current_key, layer))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if getattr(child, "base_layer", None) is new_module:  # unload: as it was, though it may have no `weight`
+        # Unload: as it was, though it may have no `weight`, or one that is computed (trainable tokens).
+        if getattr(child, "base_layer", None) is new_module or isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -259,7 +272,8 @@ class IdLoraModel(BaseTuner):
         if names is None:
             yield
             return
-        with adapter_names(self.model, names, num_beams=integration.repeated_rows(kwargs)):
+        with adapter_names(self.model, names, num_beams=integration.repeated_rows(kwargs)) as batch:
+            batch.check_inputs(args, kwargs)  # generate may run an encoder first
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -317,78 +331,6 @@ class IdLoraModel(BaseTuner):
             tuner._before.pop(adapter_name, None)
             integration.forget_transformers_load(tuner.model)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def brief(names: Iterable[str]) -> list[str]:
-    """Layer names with their numbers gathered: ``layers.0.q``, ``layers.1.q`` become ``layers.{0-1}.q``.
-
-    Gathered are the first numbers and then the last ones: those of layers, and those of experts in them.
-    """
-    return _gather(r"(?:(.*\.)(\d+)(?=\.))?(.*)", _gather(r"(?:(.*?\.)?(\d+))?(.*)", names))
-
-
-def _gather(pattern: str, names: Iterable[str]) -> list[str]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        head, number, tail = re.fullmatch(pattern, name).groups()  # type: ignore[union-attr]
-        groups.setdefault((head or "", tail), []).extend([int(number)] if number else [])
-    result = []
-    for (head, tail), numbers in groups.items():
-        runs: list[list[int]] = []
-        for n in sorted(numbers):
-            if runs and n == runs[-1][1] + 1:
-                runs[-1][1] = n
-            else:
-                runs.append([n, n])
-        ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-        result.append(head + (f"{{{ranges}}}" if len(numbers) > 1 else ranges) + tail)
-    return result
-
-
-def _refuse_foreign_layers(config: PeftConfig, model: nn.Module) -> None:
-    if str(config.target_modules).lower() != "all-linear":
-        return  # a layer that is named is refused as such
-    foreign = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and not isinstance(module, IdLoraLayer)
-        and not isinstance(check_target_module_exists(config, name), ExcludedModule)
-    ]
-    if foreign:
-        raise ValueError(
-            'target_modules="all-linear" takes in layers that another tuner has adapted: '
-            + ", ".join(brief(foreign))
-            + ". Name other layers in target_modules, these in exclude_modules, or remove that adapter (unload) first."
-        )
-
-
-def _refuse_existing(model: nn.Module, adapter_name: str) -> None:
-    other = vars(model).get("peft_config", {}).get(adapter_name)
-    if other is not None and not isinstance(other, IdLoraConfig):
-        raise ValueError(
-            f"the model already has an adapter {adapter_name!r}, of the method {other.peft_type.value}, whose "
-            "configuration would be lost. Give the new one another adapter_name."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B:
-            raise ValueError(
-                f"the model already has an ID-LoRA adapter {adapter_name!r} (first at layer {name!r}). Give the new "
-                f"one another adapter_name, or remove it first: idlora_ext.remove(model, {adapter_name!r})."
-            )
-
-
-def _unsupported(target: nn.Module, parent: nn.Module, dropout: float) -> str | None:
-    """Why a target cannot be adapted, or None."""
-    if isinstance(target, BaseTunerLayer) and not isinstance(target, IdLoraLayer):
-        return f"already adapted by {type(target).__module__}.{type(target).__qualname__}"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weights without calling it"
-    if isinstance(target, UnfusedExperts):
-        return f"{type(target.base_layer).__qualname__}: name its parameters, such as down_proj, instead"
-    if not isinstance(target, IdLoraLayer) and not is_linear(target):
-        return type(target).__qualname__
-    return distributed.unsupported(target.get_base_layer() if isinstance(target, IdLoraLayer) else target, dropout)
 
 
 if "IDLORA" not in integration.registered_methods():

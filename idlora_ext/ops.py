@@ -261,15 +261,16 @@ def _shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, s
         y0 = y0 + bias.to(y0.dtype)
     # The s parts of a row of y0 and of z lie behind one another: seen as [N*s, d/s] and [N*s, r/s], the product with
     # diag(B, .., B) is one plain product with B.
+    # Written into y, as what is returned must not be a view: models add to a layer's output in place.
     dtype = _product_dtype(y0.dtype)
     rows, columns = y0.numel() // B.shape[0], B.shape[0]
-    product = torch.addmm(
-        y0.reshape(rows, columns).to(dtype),
-        z.reshape(rows, B.shape[1]).to(dtype),
-        B.to(dtype).t(),
-        alpha=scaling,
-    )
-    return product.view(y.shape).to(y.dtype)
+    parts = y.view(rows, columns)
+    factors = (z.reshape(rows, B.shape[1]).to(dtype), B.to(dtype).t())
+    if dtype == y.dtype:
+        torch.addmm(y0.reshape(rows, columns), *factors, alpha=scaling, out=parts)
+    else:
+        parts.copy_(torch.addmm(y0.reshape(rows, columns).to(dtype), *factors, alpha=scaling))
+    return y
 
 
 @_default("shared_gemm_backward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -55,8 +56,9 @@ def apply(
     known = {f.name for f in dataclasses.fields(IdLoraConfig) if f.init} | {"preset"}
     if unknown := sorted(set(fields) - known):
         raise TypeError(f"apply: IdLoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    config = dataclasses.replace(config, **fields) if config is not None else IdLoraConfig(**fields)
-    config.index_stored = False
+    config = copy.deepcopy(config) if config is not None else IdLoraConfig()
+    config.begin()
+    config = dataclasses.replace(config, **fields, index_stored=False)
     return inject(model, config, adapter_name, progress=progress)
 
 
@@ -70,7 +72,7 @@ def inject(
 ) -> nn.Module:
     """Put an adapter into a model, freshly chosen or from ``tensors``, and activate it; undo everything on failure."""
     before = ModelState(model)
-    config = config.resolved()
+    config = copy.deepcopy(config)
     config.base_model_name_or_path = vars(model).get("name_or_path") or None
     if tensors is None:
         _fit_to_task(config, model)

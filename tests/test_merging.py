@@ -169,7 +169,11 @@ def test_refused_before_any_layer_changes(method):
     last = list(layers_of(model).values())[-1]
     with torch.no_grad():
         last.idlora_B["default"][0, 0] = torch.inf
-    refused(model, f"layer '{last.name}': merging 'default' gives a weight with NaNs", safe_merge=True)
+    refused(
+        model,
+        f"layer '{last.name}': NaNs detected in the merged weights. The adapter default seems to be broken",
+        safe_merge=True,
+    )
     model = adapted()
     model.add_adapter("linear", IdLoraConfig(**FIELDS | {"target_modules": ["down_proj"]}))
     linear = "layer 'model.layers.0.mlp.down_proj', adapter 'linear': .*depend on the token.*router=\"static\""
@@ -255,12 +259,13 @@ def test_experts_are_views_of_fused_parameters():
     assert not torch.equal(merged.model.layers[0].mlp.experts.down_proj, base.model.layers[0].mlp.experts.down_proj)
 
 
-def test_peft_converts_a_static_router_to_lora():
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # Conv1D stores its weight the other way round
+def test_peft_converts_a_static_router_to_lora(kind):
     from peft import convert_to_lora, set_peft_model_state_dict
 
-    model = adapted(shared_router=False)
+    model = adapted(kind, shared_router=False)
     config, tensors = convert_to_lora(model, rank=8)
-    lora = get_peft_model(tiny_llama().double(), config).eval()
+    lora = get_peft_model(MODELS[kind]().double(), config).eval()
     set_peft_model_state_dict(lora, tensors)
     assert isinstance(config, LoraConfig)
     torch.testing.assert_close(logits(lora), logits(model), rtol=1e-3, atol=1e-3)

@@ -287,7 +287,8 @@ def test_modules_to_save(active):
 
 def test_what_is_refused():
     model = adapted()
-    batch = {"input_ids": ids()}
+    batch, ran = {"input_ids": ids()}, []
+    handle = model.get_base_model().get_input_embeddings().register_forward_pre_hook(lambda *_: ran.append(1))
     for names, error, message in (
         (["de"] * 5 + ["es"], ValueError, r"Trying to infer with non-existing adapter\(s\): es\."),
         ("abcabc", TypeError, "must be a list of strings"),
@@ -297,28 +298,52 @@ def test_what_is_refused():
             "Length of `adapter_names` should be the same as the number of inputs, but got 2 and 6",
         ),
     ):
-        for call in (model, lambda adapter_names, **batch: run(model.get_base_model(), adapter_names, **batch)):
+        for call in (
+            model,
+            model.generate,
+            lambda adapter_names, **batch: run(model.get_base_model(), adapter_names, **batch),
+            lambda adapter_names, input_ids: run(model, adapter_names, inputs_embeds=torch.randn(*input_ids.shape, 64)),
+        ):
             with pytest.raises(error, match=message):
                 call(**batch, adapter_names=names)
+        assert not ran
+    handle.remove()
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(**batch, adapter_names=NAMES)
     model.eval()
-    with model.disable_adapter(), pytest.raises(ValueError, match="adapters are disabled"):
-        model(**batch, adapter_names=NAMES)
     layer = layers_of(model)["model.layers.1.mlp.down_proj"]
     layer.merged_adapters.append("de")
     with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter` first"):
         model(**batch, adapter_names=NAMES)
     layer.merged_adapters.clear()
-    with idlora_ext.adapter_names(model, NAMES):
-        layer.enable_adapters(False)
-        with pytest.raises(ValueError, match="adapters are disabled"):
-            model(**batch)
-        layer.enable_adapters(True)
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): de"):
         run(tiny_llama(), ["de"] * 6, **batch)
     assert all(layer.mixed_batch is None for layer in layers_of(model).values())
     model(**batch, adapter_names=NAMES)
+
+
+def test_disabled_adapters_have_precedence_as_with_lora():
+    model = adapted()
+    with model.disable_adapter():
+        base = model(input_ids=ids()).logits
+        assert torch.equal(model(input_ids=ids(), adapter_names=NAMES).logits, base)
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(model(input_ids=ids(), adapter_names=NAMES).logits, base)
+    with idlora_ext.adapter_names(model.get_base_model(), NAMES):
+        assert torch.equal(model(input_ids=ids()).logits, base)
+        model.base_model.enable_adapter_layers()
+        assert not torch.equal(model(input_ids=ids()).logits, base)
+
+
+def test_the_number_of_names_of_a_model_that_is_none_of_transformers():
+    model = idlora_ext.apply(nn.Sequential(nn.ReLU(), nn.Linear(64, 64)), target_modules=["1"], **FIELDS).eval()
+    ran = []
+    model[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with idlora_ext.adapter_names(model, ["default"] * 3):
+        with pytest.raises(ValueError, match="should be the same as the number of inputs, but got 3 and 4"):
+            model(torch.randn(4, 64))
+        assert not ran
+        model(torch.randn(3, 64))
 
 
 def test_flattened_rows_and_experts_are_refused():

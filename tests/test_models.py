@@ -200,6 +200,7 @@ def test_trains_saves_and_reloads(name, door, tmp_path):
     model = adapt(model, **case.fields)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=case.lr)
+    torch.manual_seed(0)  # of the model's dropout: MiniLM's first loss is 0.09 to 0.27 by it alone
     losses = []
     for _ in range(case.steps):
         loss = case.loss(model.train(), batch)

@@ -237,6 +237,18 @@ def test_compiles_without_graph_breaks(router_kind, device):
             torch.testing.assert_close(ours, theirs)
 
 
+@every_router
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_the_output_may_be_changed_in_place(router_kind, dtype, device):
+    """As models do (DeBERTa): a view that a custom function returned would refuse it."""
+    y0, index, router, B, b = problem((64, 4, 16, 2), router_kind=router_kind, dtype=dtype, bias=False, device=device)
+    g = torch.randn_like(y0)
+    expected = torch.autograd.grad(ops.adapt(y0, index, router, B, b), (y0, B), g)
+    y = ops.adapt(y0, index, router, B, b)
+    y += 1
+    assert all(map(torch.equal, torch.autograd.grad(y, (y0, B), g), expected))
+
+
 def test_zero_B_returns_y0(device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         y0, index, router, B, _ = problem((24, 3, 4, 2), dtype=dtype, device=device)

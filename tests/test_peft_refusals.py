@@ -119,6 +119,19 @@ def test_lora_can_come_on_top(row, tmp_path):
     assert torch.equal(B, stored)
 
 
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_loras_target_parameters_of_open_experts_are_refused(parameter):
+    model = idlora_ext.apply(ROWS["moe"].make(), settings(ROWS["moe"]))
+    before, expected = modules_of(model), output(model)
+    config = LoraConfig(target_modules=[], target_parameters=[f"mlp.experts.{parameter}"])
+    with pytest.raises(ValueError, match=r'Qwen3MoeExperts: its experts are open.*exclude_modules=\["experts"\]'):
+        peft.inject_adapter_in_model(config, model, "lora")
+    assert modules_of(model) == before
+    assert torch.equal(output(model), expected)
+    model = idlora_ext.apply(ROWS["moe"].make(), settings(ROWS["moe"], exclude_modules=["experts"]))
+    assert output(peft.inject_adapter_in_model(config, model, "lora")).isfinite().all()  # the way out
+
+
 def test_a_peft_model_of_another_tuner_is_refused(row):
     model = get_peft_model(row.make(), LoraConfig(target_modules=[row.one], init_lora_weights=False))
     before, expected = state_of(model), output(model)
