@@ -21,7 +21,6 @@ from .checkpoint import verify
 from .config import IdLoraConfig
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
 from .integration import (
-    AuxiliaryTrainingWrapper,
     BaseTuner,
     ExcludedModule,
     check_target_module_exists,
@@ -213,11 +212,8 @@ class IdLoraModel(BaseTuner):
         self._new.append((current_key, layer))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Unload: as it was, though it may have no `weight`, or one that is computed (trainable tokens).
-        if getattr(child, "base_layer", None) is new_module or isinstance(child, AuxiliaryTrainingWrapper):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT's own would move the new layer, whose tensors are where they belong already, or still on the meta device.
+        setattr(parent, child_name, new_module)
 
     def _report(self, config: IdLoraConfig, adapter_name: str) -> None:
         if self._unsupported:

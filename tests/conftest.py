@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any, NamedTuple
 
 import pytest
@@ -175,6 +176,7 @@ class Row(NamedTuple):
     layer: str  # one adapted layer
     one: str  # a target, and another one that shares no layer with it
     other: str
+    quantised: bool = False
 
 
 def tiny_moe() -> nn.Module:
@@ -189,11 +191,22 @@ def tiny_moe() -> nn.Module:
     return Qwen3MoeForCausalLM(config).eval()
 
 
+def llama_in_8_bits() -> nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_llama().save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu").eval()
+
+
 ROWS = {
     "llama": Row(tiny_llama, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj"),
     "gpt2": Row(tiny_gpt2, "ln_f", "transformer.h.0.attn.c_attn", "c_attn", "c_fc"),
     "bert": Row(tiny_bert, "classifier", "bert.encoder.layer.0.attention.self.query", "query", "intermediate.dense"),
     "moe": Row(tiny_moe, "lm_head", "model.layers.1.mlp.experts.3.down_proj", "down_proj", "q_proj"),
+    "llama-8-bits": Row(llama_in_8_bits, "lm_head", "model.layers.0.self_attn.q_proj", "q_proj", "up_proj", True),
     "mlp": Row(mlp, "head", "lin0", "lin0", "lin1"),
 }
 

@@ -62,7 +62,7 @@ def test_another_tuners_layers_are_refused_and_its_neighbours_adapted(row, tmp_p
     peft.inject_adapter_in_model(LoraConfig(target_modules=[row.one], init_lora_weights=False), model, "lora")
     before, expected = state_of(model), output(model)
     with pytest.raises(
-        ValueError, match=rf"{row.one} .*\(already adapted by (peft\.tuners\.lora\.layer\.Linear|another tuner)"
+        ValueError, match=rf"{row.one} .*\(already adapted by (peft\.tuners\.lora\.(layer|bnb)\.Linear|another tuner)"
     ):
         idlora_ext.apply(model, settings(row, target_modules=[row.one]))
     with pytest.raises(ValueError, match=r"already has an adapter 'lora', of the method LORA"):
@@ -100,6 +100,8 @@ def test_all_linear_does_not_pass_over_another_tuners_layers(row):
 
 
 def test_lora_can_come_on_top(row, tmp_path):
+    if row.quantised:
+        pytest.skip("PEFT's LoRA for quantised layers reads them itself")
     row = row._replace(layer="model.layers.0.self_attn.q_proj", one="q_proj") if row is ROWS["moe"] else row
     model = idlora_ext.apply(row.make(), settings(row))
     before = output(randomize_adapter(model))
@@ -147,6 +149,8 @@ def test_mixed_tuner_types_are_refused(row):
     with pytest.raises(ValueError, match=r"PeftMixedModel does not take ID-LoRA.*model\.base_model\.set_adapter\(\["):
         get_peft_model(model, settings(row), mixed=True)
     assert state_of(model) == before
+    if row.quantised:
+        return  # PEFT refuses LoRA there too
     mixed = get_peft_model(row.make(), LoraConfig(target_modules=[row.one]), mixed=True)
     expected = modules_of(mixed)
     with pytest.raises(ValueError, match=r"PeftMixedModel does not take ID-LoRA.*model\.base_model\.set_adapter\(\["):
