@@ -3,7 +3,7 @@
 # environment variables choose what is built; after changing one, make clean).
 # make test-versions: what touches PEFT, under the oldest versions of PEFT and transformers that are supported.
 # make test-peft: PEFT's own behaviour tests, with ID-LoRA in the place of the methods they list (5 to 10 minutes).
-# make test-fallback: the operators' tests without the native module, and with one built without CUDA.
+# make test-fallback: all tests without the native module, and with one built without CUDA (20 to 30 minutes).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +14,6 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VERSIONS_TESTS := tests/test_versions.py tests/test_tuner.py tests/test_checkpoint.py tests/test_failures.py tests/test_trainer.py tests/test_mixed_batches.py \
 	$(wildcard tests/test_peft_*.py)
-FALLBACK_TESTS := tests/test_ops.py tests/test_native.py tests/test_clustering.py
 
 .PHONY: demo test test-versions test-peft test-fallback lint types unit bench clean
 
@@ -47,10 +46,10 @@ test-peft: $(INSTALLED)
 	$(BIN)/python tests/peft_own/run.py $(PYTEST_ARGS)
 
 test-fallback: $(INSTALLED)
-	IDLORA_NATIVE=0 $(BIN)/pytest $(FALLBACK_TESTS)
+	IDLORA_NATIVE=0 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	rm -rf build/without-cuda
 	IDLORA_CUDA=OFF $(PIP) --no-build-isolation --no-deps --target build/without-cuda .
-	PYTHONPATH=build/without-cuda $(BIN)/pytest $(FALLBACK_TESTS)
+	PYTHONPATH=$(CURDIR)/build/without-cuda $(BIN)/python -P -m pytest $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
