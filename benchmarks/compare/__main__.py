@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("--device", default=Experiment.device)
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/compare)")
     options = parser.parse_args()
-    base = Experiment("none", LR_TASK, 0.0, model=options.model, steps=options.steps, dtype=options.dtype, device=options.device)  # fmt: skip
+    fields = {name: getattr(options, name) for name in ("model", "steps", "dtype", "device")}
+    base = Experiment("none", LR_TASK, 0.0, **fields)
     try:
         model_path(options.model)
         return Runner(options, base).run()
@@ -84,9 +85,9 @@ class Runner:
             raise
 
     def missing(self) -> tuple[list[Experiment], int]:
-        """What is to be run, in order, and how many there are in all."""
+        """What is to be run, in order, and how many there are with those that are done."""
         everything = declared(self.options.study, self.base, self.find)
-        todo = []
+        todo, done = [], 0
         for experiment in everything:
             if experiment.name in self.failed:
                 continue
@@ -99,7 +100,9 @@ class Runner:
                 continue
             if self.find(experiment) is None:
                 todo.append(experiment)
-        return todo, len(everything)
+            else:
+                done += 1
+        return todo, done + len(todo)
 
     def run(self) -> int:
         todo, total = self.missing()

@@ -54,7 +54,7 @@ class Experiment:
         """All that decides the result, as it stands in the results file."""
         path = model_path(self.model)
         decisive = asdict(self) | {"adapter": self.adapter, "model": Path(self.model).name}
-        del decisive["override"]
+        del decisive["override"], decisive["method"]  # the adapter says it all
         digests = {"model": model_digest(path), "task": task_digest(self.task, path, self.length)}
         return json.loads(json.dumps(decisive | {"digests": digests}))
 

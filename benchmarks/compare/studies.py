@@ -50,16 +50,15 @@ class Results:
         Raises:
             ValueError: the study's file of this name is of an experiment with other settings or other code.
         """
-        for file in [self.path(experiment, study), *sorted(self.folder.glob(f"*/{experiment.name}.json"))]:
-            result = self.read(file)
-            if result is None:
-                continue
-            why = experiment.verdict(result)
-            if why is None:
-                return result
-            if file.parent.name == study:
-                raise ValueError(f"{file} is of another experiment: {why}. Move it away, or run with --redo")
-        return None
+        own = self.read(self.path(experiment, study))
+        if own is not None:
+            if why := experiment.verdict(own):
+                path = self.path(experiment, study)
+                raise ValueError(f"{path} is of another experiment: {why}. Move it away, or run with --redo")
+            return own
+        key = experiment.key()
+        everything = (self.read(file) for file in sorted(self.folder.glob("*/*.json")))
+        return next((r for r in everything if r and r["key"] == key and not experiment.verdict(r)), None)
 
     def path(self, experiment: Experiment, study: str) -> Path:
         return experiment.file(self.folder / study)

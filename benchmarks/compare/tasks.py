@@ -195,9 +195,9 @@ def _records(name: str) -> Iterator[dict[str, Any]]:
     folder = Path(os.environ.get("IDLORA_COMPARE_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"{name} is not in {folder}: set IDLORA_COMPARE_DATA to the folder that holds it. It is made from BIG-bench "
-            "(PyPI bigbench==1.0.0, elementary_math_qa/question_only: question, choices, answer) or from PyPI "
-            "evals==3.0.1.post1 (registry/data/sarcasm/samples.jsonl: text, label), one JSON object a line"
+            f"{name} is not in {folder}: set IDLORA_COMPARE_DATA to the folder that holds it. It is made from "
+            "BIG-bench (PyPI bigbench==1.0.0, elementary_math_qa/question_only: question, choices, answer) or from "
+            "PyPI evals==3.0.1.post1 (registry/data/sarcasm/samples.jsonl: text, label), one JSON object a line"
         )
     with gzip.open(folder / name, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
