@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A directory with a tiny Llama and a tokenizer, and the data of all tasks, in the environment's folders."""
     folder = tmp_path_factory.mktemp("compare")
-    words = ["<end>", "<unk>", "Answer:", "Headline:", "Sarcastic:", "yes", "no", *(f"w{i}" for i in range(60))]
+    words = ["<end>", "<unk>", "Answer:", "Headline:", "Sarcastic:", "yes", "no", *WORDS]
     words += [str(i) for i in range(30)]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
@@ -35,7 +37,7 @@ def model(tmp_path_factory):
     rng = random.Random(0)
 
     def text():
-        return " ".join(f"w{rng.randrange(60)}" for _ in range(12))
+        return " ".join(rng.choices(WORDS, k=12))
 
     math = [{"question": text(), "choices": ["1", "2", "3"], "answer": str(rng.randint(1, 3))} for _ in range(800)]
     headlines = [{"text": text(), "label": str(rng.randint(0, 1))} for _ in range(800)]
@@ -62,11 +64,11 @@ def study(monkeypatch, capsys, *arguments):
 
 def test_cycle(model, tmp_path, monkeypatch, capsys):
     options = ["lr", "--model", model, "--steps", 3, "--results", tmp_path, "--only", "idlora-r32"]
-    code, _ = study(monkeypatch, capsys, *options, "--limit", 1, "--jobs", 2)
+    code, output = study(monkeypatch, capsys, *options, "--limit", 1, "--jobs", 2)
+    assert code == 0, output.err
     [file] = (tmp_path / "lr").iterdir()
     result = json.loads(file.read_text())
     assert result["key"] == experiment(model, "idlora-r32").key()
-    assert code == 0
     # A fresh process and this one compute the same.
     again = run.measure(experiment(model, "idlora-r32"))
     torch.set_num_threads(1)
@@ -90,19 +92,11 @@ def test_cycle(model, tmp_path, monkeypatch, capsys):
     assert file.stem in output.out
 
 
-def test_failure_is_reported_and_nothing_is_written(model, tmp_path):
-    bad = experiment(model, override={"no_such_field": 1})
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.compare.run",
-        json.dumps(vars(bad)),
-        "--output",
-        str(tmp_path / "x.json"),
-    ]
-    ended = subprocess.run(command, cwd=studies.__file__.rsplit("/benchmarks/")[0], capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "LoraConfig does not take these settings" in ended.stderr
+def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch):
+    bad = json.dumps(vars(experiment(model, override={"no_such_field": 1})))
+    monkeypatch.setattr(sys, "argv", ["run", bad, "--output", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match="x: LoraConfig does not take these settings.*no_such_field"):
+        run.main()
     assert not list(tmp_path.iterdir())
 
 
@@ -115,11 +109,12 @@ def test_rates_are_extended_while_the_best_is_at_the_edge(model):
 
     for one in studies.lr_study(base, find):  # the lower the rate, the better
         found[one.method, one.lr] = {"metrics": {"held_out_loss": {"after": one.lr}}}
-    extended = list(studies._further(replace(base, method="lora-r8"), find))
-    assert [one.lr for one in extended] == [1e-4]
-    found["lora-r8", 1e-4] = {"metrics": {"held_out_loss": {"after": 1.0}}}
-    assert list(studies._further(replace(base, method="lora-r8"), find)) == [extended[0]]
-    assert studies.best_rate("lora-r8", base, find) == 3e-4
+    assert [rate for method, rate in found if method == "lora-r8"] == [1e-3, 3e-4, 3e-3, 1e-4, 3e-5, 1e-5]
+    assert studies.best_rate("lora-r8", base, find) == 1e-5
+    found["lora-r8", 1e-4] = {"metrics": {"held_out_loss": {"after": float("nan")}}}  # diverged
+    found["lora-r8", 1e-3] = {"metrics": {"held_out_loss": {"after": 0.0}}}
+    assert studies.best_rate("lora-r8", base, find) == 1e-3
+    assert not list(studies._further(replace(base, method="lora-r8"), find))
 
 
 def test_report(model, tmp_path):
@@ -182,7 +177,7 @@ def test_split_is_disjoint_and_labels_follow(model):
     def documents(rows):
         text = rows[:, 0].flatten().tolist()
         ends = [i for i, token in enumerate(text) if token == 0]
-        return {tuple(text[a + 1 : b - 2]) for a, b in zip(ends, ends[1:], strict=False)}
+        return {tuple(text[a + 1 : b - 2]) for a, b in pairwise(ends)}
 
     assert documents(part.train)
     assert not documents(part.train) & documents(part.held_out)

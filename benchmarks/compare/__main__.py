@@ -89,14 +89,14 @@ class Runner:
         everything = declared(self.options.study, self.base, self.find)
         todo, done = [], 0
         for experiment in everything:
+            if self.options.only and experiment.method not in self.options.only:
+                continue
             if experiment.name in self.failed:
                 continue
             try:
                 config(experiment.adapter)
             except ValueError as error:
                 self.failed[experiment.name] = f"cannot be run here: {error}"
-                continue
-            if self.options.only and experiment.method not in self.options.only:
                 continue
             if self.find(experiment) is None:
                 todo.append(experiment)

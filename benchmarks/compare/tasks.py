@@ -166,6 +166,8 @@ def _tokenise(name: str, tokenizer: Any, length: int) -> Part:
             right = document.choices.index(document.answer)
             problems.append((prompt, choices, right))
     rows = [_pack(side, tokenizer, length, most) for side, most in ((train, ROWS), (held_out, HELD_OUT_ROWS))]
+    if not all(map(len, rows)):
+        raise ValueError(f"task {name}: too few documents for a row of {length} tokens on each side of the split")
     sha = hashlib.sha256(json.dumps(problems).encode())
     for tensor in rows:
         sha.update(array("q", tensor.flatten().tolist()).tobytes())
