@@ -83,7 +83,7 @@ def test_cycle(model, tmp_path, monkeypatch, capsys):
     # Another experiment under the same name is refused, or redone.
     with pytest.raises(SystemExit, match="2"):
         study(monkeypatch, capsys, *options[:4], 5, *options[5:], "--list")
-    assert "steps was 3 and is 5. Move it away, or run with --redo" in capsys.readouterr().err
+    assert "steps was 3 and is 5. Move it away, give another --results, or --redo" in capsys.readouterr().err
     write_json(file, result | {"behaviour": [value + 1 for value in result["behaviour"]]})
     with pytest.raises(SystemExit, match="2"):
         study(monkeypatch, capsys, *options, "--list")
@@ -95,7 +95,7 @@ def test_cycle(model, tmp_path, monkeypatch, capsys):
 def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch):
     bad = json.dumps(vars(experiment(model, override={"no_such_field": 1})))
     monkeypatch.setattr(sys, "argv", ["run", bad, "--output", str(tmp_path / "x.json")])
-    with pytest.raises(SystemExit, match="x: LoraConfig does not take these settings.*no_such_field"):
+    with pytest.raises(SystemExit, match=r"x: LoraConfig does not take these settings.*no_such_field"):
         run.main()
     assert not list(tmp_path.iterdir())
 
@@ -133,8 +133,8 @@ def test_report(model, tmp_path):
     rows = [row for row in text.splitlines() if row.startswith("| miss-r8 | 0.001 |")]
     assert "| 1.1000 (1 of 3) | +0.1000 (1 of 3) |" in rows[0]
     assert "| 1.0000 (1 of 3) |" in text  # the ablations take the very same experiment from the other study
-    assert (tmp_path / "quality_math.svg").is_file()
-    assert (tmp_path / "differences_math.svg").is_file()
+    assert (tmp_path / f"{model.name}--quality_math.svg").is_file()
+    assert (tmp_path / f"{model.name}--differences_math.svg").is_file()
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

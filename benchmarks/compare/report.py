@@ -31,6 +31,7 @@ class Report:
 
     def __init__(self, folder: Path, base: Experiment) -> None:
         self.results, self.base, self.folder = Results(folder), base, folder
+        self.prefix = "" if base.model == MODEL else f"{Path(base.model).name}--"  # each model has a report of its own
         self.stale: list[str] = []
         self.found: list[Result] = []
 
@@ -48,7 +49,7 @@ class Report:
     def write(self) -> Path:
         sections = [self.learning_rates(), self.quality(), self.ablations(), self.costs()]
         text = "\n\n".join([self.head(), *(section for section in sections if section), *self.tail()])
-        path = self.folder / "README.md"
+        path = self.folder / f"{self.prefix}README.md"
         path.write_text(text + "\n")
         return path
 
@@ -107,10 +108,12 @@ class Report:
             ]
             parts = TASKS[task] if len(TASKS[task]) > 1 else ()
             sections.append(f"### {task}\n\n" + table([*head, *(f"loss: {part}" for part in parts)], rows))
-            plot_parameters(task, of_task, self.folder / f"quality_{task}.svg")
-            sections[-1] += f"\n\n![loss and parameters](quality_{task}.svg)"
-            if plot_differences(task, of_task, self.folder / f"differences_{task}.svg"):
-                sections[-1] += f"\n\n![paired differences](differences_{task}.svg)"
+            name = f"{self.prefix}quality_{task}.svg"
+            plot_parameters(task, of_task, self.folder / name)
+            sections[-1] += f"\n\n![loss and parameters]({name})"
+            name = f"{self.prefix}differences_{task}.svg"
+            if plot_differences(task, of_task, self.folder / name):
+                sections[-1] += f"\n\n![paired differences]({name})"
         if not sections:
             return ""
         seeds = (

@@ -43,7 +43,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     """Run it. The result is complete, or there is an exception."""
     started, cpu_started = time.perf_counter(), time.process_time()
     settings, key = experiment.settings(), experiment.key()
-    behaviour = methods.behaviour(experiment.adapter)
+    behaviour, version = methods.behaviour(experiment.adapter), commit()  # what is loaded, whatever changes meanwhile
     device = experiment.device
     path = model_path(experiment.model)
     parts = load_task(experiment.task, path, experiment.length)
@@ -111,7 +111,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_cuda_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "commit": commit(),
+            "commit": version,
         },
         "machine": describe() | {"idlora_ext": idlora_ext.__version__},
     }

@@ -54,7 +54,9 @@ class Results:
         if own is not None:
             if why := experiment.verdict(own):
                 path = self.path(experiment, study)
-                raise ValueError(f"{path} is of another experiment: {why}. Move it away, or run with --redo")
+                raise ValueError(
+                    f"{path} is of another experiment: {why}. Move it away, give another --results, or --redo"
+                )
             return own
         key = experiment.key()
         everything = (self.read(file) for file in sorted(self.folder.glob("*/*.json")))
