@@ -179,6 +179,9 @@ def test_split_is_disjoint_and_labels_follow(model):
         ends = [i for i, token in enumerate(text) if token == 0]
         return {tuple(text[a + 1 : b - 2]) for a, b in pairwise(ends)}
 
+    mixture = tasks.load_task("mixture", model.resolve(), 128)
+    assert len({len(each.train) for each in mixture.values()}) == 1
+    assert torch.equal(tasks.load_task("sarcasm", model.resolve(), 128)["sarcasm"].train, part.train)
     assert documents(part.train)
     assert not documents(part.train) & documents(part.held_out)
 

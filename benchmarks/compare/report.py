@@ -150,10 +150,19 @@ class Report:
             reference = next((e for e in experiments if not e.override), experiments[0])
             plain = self._seeds(reference)
             rows += [self._ablation_row(group, e, self._seeds(e), plain if e != reference else {}) for e in experiments]
-        if not any(row[2] for row in rows):
+        if not any(row[3] for row in rows):
             return ""
-        head = ["what", "setting", "parameters", "held-out loss", "minus the group's plain one", "a: mean; spread"]
-        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits."
+        head = [
+            "what",
+            "setting",
+            "lr",
+            "parameters",
+            "held-out loss",
+            "minus the group's plain one",
+            "a: mean; spread",
+        ]
+        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. Rates are "
+        note += "the best of idlora-r32 and, for static routers, of idlora-r32-static."
         return f"## Ablations on {LR_TASK}\n\n{note}\n\n" + table(head, rows)
 
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:
@@ -165,13 +174,14 @@ class Report:
     ) -> list[str]:
         name = ", ".join(f"{key}={value}" for key, value in sorted(experiment.override.items())) or experiment.method
         if not runs:
-            return [group, name, "", f"(0 of {len(SEEDS)})", "", ""]
+            return [group, name, f"{experiment.lr:g}", "", f"(0 of {len(SEEDS)})", "", ""]
         metrics = [result["metrics"] for result in runs.values()]
         last = [m["alpha"][max(m["alpha"], key=int)][LR_TASK] for m in metrics if m["alpha"]]
         alpha = "; ".join(f"{statistics.mean(a[key] for a in last):.3f}" for key in ("mean", "spread")) if last else ""
         loss = spread(map(loss_after, runs.values()), len(SEEDS))
         less = spread(differences(runs, plain), len(SEEDS), sign=True)
-        return [group, name, f"{metrics[0]['trainable_parameters']:,}", loss, less, alpha]
+        parameters = f"{metrics[0]['trainable_parameters']:,}"
+        return [group, name, f"{experiment.lr:g}", parameters, loss, less, alpha]
 
     def costs(self) -> str:
         """What a run took, medians over all runs of a method: beside others on the machine, so only for orientation."""

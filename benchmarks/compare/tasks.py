@@ -22,7 +22,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def load_task(task: str, model: Path, length: int) -> dict[str, Part]:
     parts = {name: _part(name, model, length) for name in TASKS[task]}
     if len(parts) > 1:
         rows = min(len(part.train) for part in parts.values())
-        for part in parts.values():
-            part.train, part.held_out = part.train[:rows], part.held_out[:MIXTURE_HELD_OUT_ROWS]
+        for name, part in parts.items():
+            parts[name] = replace(part, train=part.train[:rows], held_out=part.held_out[:MIXTURE_HELD_OUT_ROWS])
     return parts
 
 
