@@ -15,7 +15,7 @@ from compare import __main__ as cli
 from compare import methods, report, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
-from conftest import tiny_llama
+from conftest import tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -92,6 +92,19 @@ def test_cycle(model, tmp_path, monkeypatch, capsys):
     assert file.stem in output.out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora-fa-r8", "hydralora-r4", "vera-r256", "idlora-r32-static"])
+def test_a_run_of_each_kind(model, method, dtype):
+    result = run.measure(experiment(model, method, task="mixture", dtype=dtype))
+    metrics = result["metrics"]
+    assert len(result["train"]["loss"]) == 3
+    assert set(metrics["accuracy"]) == {"math", "sarcasm"}
+    assert list(metrics["held_out_curve"]) == ["0", "1", "2", "3"]
+    assert bool(metrics["alpha"]) == method.startswith("idlora")
+    # The file holds what is trained, at least: VeRA's also its projections, ID-LoRA's also its rows.
+    assert metrics["adapter_bytes"] > metrics["trainable_parameters"] * 2
+
+
 def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch):
     bad = json.dumps(vars(experiment(model, override={"no_such_field": 1})))
     monkeypatch.setattr(sys, "argv", ["run", bad, "--output", str(tmp_path / "x.json")])
@@ -165,6 +178,8 @@ def test_hydralora_is_its_loop():
     model = apply_hydralora(tiny_llama(), r=4, experts=3, alpha=8)
     assert sum(isinstance(m, HydraLinear) for m in model.modules()) == 14
     assert all("hydra_" in name for name, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"no torch\.nn\.Linear beside its output head"):
+        apply_hydralora(tiny_gpt2(), r=4, experts=3, alpha=8)
 
 
 def test_split_is_disjoint_and_labels_follow(model):

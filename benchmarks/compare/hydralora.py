@@ -46,6 +46,8 @@ def apply_hydralora(model: nn.Module, r: int, experts: int, alpha: float) -> nn.
     head = model.get_output_embeddings()
     model.requires_grad_(False)
     targets = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head]
+    if not targets:
+        raise ValueError("HydraLoRA: the model has no torch.nn.Linear beside its output head (GPT-2's Conv1D is none)")
     for name in targets:
         model.set_submodule(name, HydraLinear(model.get_submodule(name), r, experts, alpha))
     return model

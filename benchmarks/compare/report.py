@@ -161,8 +161,8 @@ class Report:
             "minus the group's plain one",
             "a: mean; spread",
         ]
-        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. Rates are "
-        note += "the best of idlora-r32 and, for static routers, of idlora-r32-static."
+        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. "
+        note += "Rates are the best of idlora-r32 and, for static routers, of idlora-r32-static."
         return f"## Ablations on {LR_TASK}\n\n{note}\n\n" + table(head, rows)
 
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:

@@ -151,6 +151,8 @@ def _part(name: str, model: Path, length: int) -> Part:
 
 
 def _tokenise(name: str, tokenizer: Any, length: int) -> Part:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the model's tokenizer has no end-of-text token (eos_token), which closes every document")
     source, count = SOURCES[name]
     sides: tuple[list[tuple[bytes, Document]], ...] = ([], [])
     for document in source():
@@ -166,7 +168,7 @@ def _tokenise(name: str, tokenizer: Any, length: int) -> Part:
             right = document.choices.index(document.answer)
             problems.append((prompt, choices, right))
     rows = [_pack(side, tokenizer, length, most) for side, most in ((train, ROWS), (held_out, HELD_OUT_ROWS))]
-    if not all(map(len, rows)):
+    if not all(len(side) for side in rows):
         raise ValueError(f"task {name}: too few documents for a row of {length} tokens on each side of the split")
     sha = hashlib.sha256(json.dumps(problems).encode())
     for tensor in rows:
