@@ -1,0 +1,16 @@
+"""ID-LoRA beside other methods on real data, in the manner of PEFT's ``method_comparison``.
+
+One experiment is one fresh process and one JSON file; a study is a declared list of experiments.
+
+    python -m benchmarks.compare lr --jobs 2 --threads 1     # run what is missing of a study
+    python -m benchmarks.compare.report                      # tables and plots of all studies
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "compare"
+
+# Scripts of these folders import each other by name: machine.py, and the real models and data of assets.py.
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]

@@ -1,0 +1,299 @@
+"""All results in tables and plots: ``benchmarks/results/compare/README.md`` and pictures beside it.
+
+    python -m benchmarks.compare.report
+
+A cell is a mean over seeds with the sample standard deviation; how many seeds there are stands beside it wherever any
+are missing. Differences are paired: the same task, seed, rows and steps, only the method differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import RESULTS
+from .experiment import MODEL, Experiment
+from .methods import LADDER, METHODS
+from .studies import LR_TASK, SEEDS, TELLING, Results, ablation_groups, best_rate, loss_after, quality
+from .tasks import TASKS
+
+REFERENCES = ("lora-r8", "miss-r8")  # what differences are to
+Result = dict[str, Any]
+
+
+class Report:
+    """Tables of what is in a folder, for one model and one number of steps."""
+
+    def __init__(self, folder: Path, base: Experiment) -> None:
+        self.results, self.base, self.folder = Results(folder), base, folder
+        self.prefix = "" if base.model == MODEL else f"{Path(base.model).name}--"  # each model has a report of its own
+        self.stale: list[str] = []
+        self.found: list[Result] = []
+
+    def find(self, experiment: Experiment, study: str = "lr") -> Result | None:
+        """A result that is of this very experiment; others are named at the end of the report."""
+        try:
+            result = self.results.find(experiment, study)
+        except ValueError as error:
+            self.stale.append(str(error))
+            return None
+        if result is not None:
+            self.found.append(result)
+        return result
+
+    def write(self) -> Path:
+        sections = [self.learning_rates(), self.quality(), self.ablations(), self.costs()]
+        text = "\n\n".join([self.head(), *(section for section in sections if section), *self.tail()])
+        path = self.folder / f"{self.prefix}README.md"
+        path.write_text(text + "\n")
+        return path
+
+    def head(self) -> str:
+        base = self.base
+        machines = sorted({result["machine"]["cpu"] for result in self.found}) or ["no results yet"]
+        return (
+            "# ID-LoRA beside other methods\n\nWritten by `python -m benchmarks.compare.report`; do not edit.\n\n"
+            f"{Path(base.model).name}, {base.dtype}, {base.steps} steps of {base.batch} x {base.length} tokens, AdamW "
+            "without weight decay, gradients clipped to norm 1, cosine schedule after a tenth of warm-up, for every "
+            f"method alike (`run.py`). Machines: {', '.join(machines)}. Losses are nats per token on held-out rows."
+        )
+
+    def tail(self) -> list[str]:
+        if not self.stale:
+            return []
+        return ["## Left out\n\n" + "\n".join(f"* {line}" for line in sorted(set(self.stale)))]
+
+    def learning_rates(self) -> str:
+        """Loss of every method at every rate that was tried, the best in bold, edges marked."""
+        rows = []
+        for method in METHODS:
+            tried = {
+                rate: loss_after(result)
+                for rate in LADDER
+                if (result := self.find(replace(self.base, method=method, lr=rate))) is not None
+            }
+            if not tried:
+                continue
+            best = min(tried, key=tried.__getitem__)
+            edge = best in (min(tried), max(tried)) and best not in (LADDER[0], LADDER[-1])
+            cells = [f"{tried[rate]:.4f}" if rate in tried else "" for rate in LADDER]
+            cells[LADDER.index(best)] = f"**{tried[best]:.4f}**"
+            rows.append([method, *cells, f"{best:g}" + (" (at the edge of what was tried)" if edge else "")])
+        title = f"## Learning rates: held-out loss on {LR_TASK}, seed {SEEDS[0]}\n\n"
+        return title + table(["method", *(f"{rate:g}" for rate in LADDER), "best"], rows) if rows else ""
+
+    def quality(self) -> str:
+        sections = []
+        experiments = list(quality(self.base, self.find))
+        for task in TASKS:
+            of_task: dict[str, dict[int, Result]] = {}
+            for experiment in experiments:
+                if experiment.task == task and (result := self.find(experiment, "quality")) is not None:
+                    of_task.setdefault(experiment.method, {})[experiment.seed] = result
+            if not set(of_task) - {"none"}:
+                continue
+            rows = [self._quality_row(method, runs, of_task) for method, runs in of_task.items()]
+            head = [
+                "method",
+                "lr",
+                "parameters",
+                "held-out loss",
+                *(f"minus {name}" for name in REFERENCES),
+                "accuracy",
+            ]
+            parts = TASKS[task] if len(TASKS[task]) > 1 else ()
+            sections.append(f"### {task}\n\n" + table([*head, *(f"loss: {part}" for part in parts)], rows))
+            name = f"{self.prefix}quality_{task}.svg"
+            plot_parameters(task, of_task, self.folder / name)
+            sections[-1] += f"\n\n![loss and parameters]({name})"
+            name = f"{self.prefix}differences_{task}.svg"
+            if plot_differences(task, of_task, self.folder / name):
+                sections[-1] += f"\n\n![paired differences]({name})"
+        if not sections:
+            return ""
+        seeds = (
+            f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
+        )
+        missing = [m for m in TELLING if best_rate(m, self.base, self.find) is None]
+        if missing:
+            seeds += f" Not run, since their rates are not all tried: {', '.join(missing)}."
+        return "\n\n".join([f"## Quality, each method at its best rate on {LR_TASK}\n\n{seeds}", *sections])
+
+    def _quality_row(self, method: str, runs: dict[int, Result], of_task: dict[str, dict[int, Result]]) -> list[str]:
+        wanted = 1 if method == "none" else len(SEEDS)
+        any_run = next(iter(runs.values()))
+        metrics = [result["metrics"] for result in runs.values()]
+        row = [method, f"{any_run['settings']['lr']:g}", f"{metrics[0]['trainable_parameters']:,}"]
+        row.append(spread(map(loss_after, runs.values()), wanted))
+        for reference in REFERENCES:
+            pairs = [] if method in (reference, "none") else differences(runs, of_task.get(reference, {}))
+            row.append(spread(pairs, wanted, sign=True))
+        names = list(metrics[0]["accuracy"])
+        cells = {name: spread((m["accuracy"][name] for m in metrics), wanted, 3) for name in names}
+        row.append("; ".join(f"{name} {cell}" if len(names) > 1 else cell for name, cell in cells.items()))
+        parts = [name for name in metrics[0]["held_out_curve"]["0"] if name != "share_of_rows"]
+        if len(parts) > 1:
+            row += [spread((list(m["held_out_curve"].values())[-1][part] for m in metrics), wanted) for part in parts]
+        return row
+
+    def ablations(self) -> str:
+        groups: dict[str, list[Experiment]] = {}
+        for group, experiment in ablation_groups(self.base, self.find):
+            groups.setdefault(group, []).append(experiment)
+        rows = []
+        for group, experiments in groups.items():
+            reference = next((e for e in experiments if not e.override), experiments[0])
+            plain = self._seeds(reference)
+            rows += [self._ablation_row(group, e, self._seeds(e), plain if e != reference else {}) for e in experiments]
+        if not any(row[3] for row in rows):
+            return ""
+        head = [
+            "what",
+            "setting",
+            "lr",
+            "parameters",
+            "held-out loss",
+            "minus the group's plain one",
+            "a: mean; spread",
+        ]
+        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. "
+        note += "Rates are the best of idlora-r32 and, for static routers, of idlora-r32-static."
+        return f"## Ablations on {LR_TASK}\n\n{note}\n\n" + table(head, rows)
+
+    def _seeds(self, experiment: Experiment) -> dict[int, Result]:
+        found = {seed: self.find(replace(experiment, seed=seed), "ablations") for seed in SEEDS}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+    def _ablation_row(
+        self, group: str, experiment: Experiment, runs: dict[int, Result], plain: dict[int, Result]
+    ) -> list[str]:
+        name = ", ".join(f"{key}={value}" for key, value in sorted(experiment.override.items())) or experiment.method
+        if not runs:
+            return [group, name, f"{experiment.lr:g}", "", f"(0 of {len(SEEDS)})", "", ""]
+        metrics = [result["metrics"] for result in runs.values()]
+        last = [m["alpha"][max(m["alpha"], key=int)][LR_TASK] for m in metrics if m["alpha"]]
+        alpha = "; ".join(f"{statistics.mean(a[key] for a in last):.3f}" for key in ("mean", "spread")) if last else ""
+        loss = spread(map(loss_after, runs.values()), len(SEEDS))
+        less = spread(differences(runs, plain), len(SEEDS), sign=True)
+        parameters = f"{metrics[0]['trainable_parameters']:,}"
+        return [group, name, f"{experiment.lr:g}", parameters, loss, less, alpha]
+
+    def costs(self) -> str:
+        """What a run took, medians over all runs of a method: beside others on the machine, so only for orientation."""
+        rows = []
+        for method in METHODS:
+            runs = [r for r in self.found if r["variant"] == method and r["train"]["loss"]]
+            if not runs:
+                continue
+            median = [
+                statistics.median(values)
+                for values in (
+                    [r["metrics"]["adapter_bytes"] / 1e6 for r in runs],
+                    [r["train"]["gradient_norm"][0] for r in runs],
+                    [r["train"]["cpu_seconds"] / len(r["train"]["loss"]) for r in runs],
+                    [r["train"]["adapt_cpu_seconds"] for r in runs],
+                    [r["run"]["peak_rss_bytes"] / 2**30 for r in runs],
+                )
+            ]
+            parameters = f"{runs[0]['metrics']['trainable_parameters']:,}"
+            rows.append([method, parameters, *(f"{value:.3g}" for value in median), str(len({r["key"] for r in runs}))])
+        measured = ["file, MB", "first gradient norm", "CPU s a step", "adapting, CPU s", "peak GiB"]
+        head = ["method", "parameters", *measured, "runs"]
+        note = "Not a benchmark of speed: runs shared the machine. Adapting is nearly all row choice in ID-LoRA."
+        return f"## Cost\n\n{note}\n\n" + table(head, rows) if rows else ""
+
+
+def differences(runs: dict[int, Result], reference: dict[int, Result]) -> list[float]:
+    """Loss minus the reference's of the same seed."""
+    return [loss_after(runs[seed]) - loss_after(reference[seed]) for seed in runs if seed in reference]
+
+
+def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = False) -> str:
+    """``mean ± deviation``, and how many values there are if not all."""
+    values = list(values)
+    if not values:
+        return ""
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    text = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _axes(title: str, **labels: str) -> tuple[Any, Any]:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "idlora"  # the same results, the same file
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, **labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e7eb")
+    return figure, axes
+
+
+def _bars(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> None:
+    """Loss over trainable parameters."""
+    title = f"{task}: mean and standard deviation over seeds"
+    figure, axes = _axes(title, xlabel="trainable parameters", ylabel="held-out loss")
+    for method, runs in of_task.items():
+        count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
+        losses = [loss_after(result) for result in runs.values()]
+        if count and all(map(math.isfinite, losses)):
+            mean, deviation = _bars(losses)
+            colour = "#c2410c" if method.startswith("idlora") else "#475569"
+            axes.errorbar(count, mean, deviation, fmt="o", color=colour, capsize=3)
+            label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
+            axes.annotate(label, (count, mean), (5, 4), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def plot_differences(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> bool:
+    """Paired differences to the first reference; False if there are none."""
+    reference = of_task.get(REFERENCES[0], {})
+    pairs = {m: differences(r, reference) for m, r in of_task.items() if m not in (REFERENCES[0], "none")}
+    pairs = {method: values for method, values in pairs.items() if values and all(map(math.isfinite, values))}
+    if not pairs:
+        return False
+    figure, axes = _axes(f"{task}: loss minus that of {REFERENCES[0]}, same seed", xlabel="left is better")
+    for at, (method, values) in enumerate(reversed(pairs.items())):
+        mean, deviation = _bars(values)
+        colour = "#c2410c" if method.startswith("idlora") else "#475569"
+        axes.errorbar(mean, at, xerr=deviation, fmt="o", color=colour, capsize=3)
+        axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
+    axes.set_yticks(range(len(pairs)), list(pairs)[::-1])
+    axes.axvline(0, color="black", linewidth=1)
+    figure.savefig(path, metadata={"Date": None})
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, or a directory")
+    parser.add_argument("--steps", type=int, default=Experiment.steps)
+    parser.add_argument("--dtype", default=Experiment.dtype)
+    parser.add_argument("--device", default=Experiment.device)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    fields = {name: getattr(options, name) for name in ("model", "steps", "dtype", "device")}
+    print(Report(options.results, Experiment("none", LR_TASK, 0.0, **fields)).write())
+
+
+if __name__ == "__main__":
+    main()

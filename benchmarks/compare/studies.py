@@ -1,0 +1,165 @@
+"""The studies: which experiments, the most telling first, so that one stopped early still has whole comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .experiment import Experiment
+from .methods import LADDER, METHODS
+
+SEEDS = (0, 1, 2)
+LR_TASK = "math"
+TELLING = (
+    "lora-r8", "miss-r8", "idlora-r32", "idlora-r32-static", "lora-fa-r8", "idlora-r128", "miss-r32", "hydralora-r4",
+)  # fmt: skip
+# What is named twice, as "idlora-r32" with r=32, is one experiment.
+ABLATIONS: dict[str, list[dict[str, Any]]] = {
+    "router": [
+        {"router": router, "shared_router": shared}
+        for router in ("linear", "static", "bounded")
+        for shared in (True, False)
+    ],
+    "selection": [
+        {"selection": selection, "router": "static", **scale}
+        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
+        for scale in ({}, {"row_scale": True})
+    ],
+    "clusters": [{"num_clusters": k} for k in (1, 2, 4, 8)],
+    # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
+    "rank boost": [{"r": r, "rank_boost": s} for r, s in ((8, 1), (32, 2), (128, 4))],
+    "rank": [{"r": r} for r in (8, 16, 32, 64, 128)],
+    "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
+}
+
+
+class Results:
+    """All results files by what they are of: a study takes what another has measured already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[Path, tuple[int, dict[str, Any]]] = {}
+
+    def find(self, experiment: Experiment, study: str) -> dict[str, Any] | None:
+        """The result of this very experiment, in the study's folder or in another's.
+
+        Raises:
+            ValueError: the study's file of this name is of an experiment with other settings or other code.
+        """
+        own = self.read(self.path(experiment, study))
+        if own is not None:
+            if why := experiment.verdict(own):
+                path = self.path(experiment, study)
+                raise ValueError(
+                    f"{path} is of another experiment: {why}. Move it away, give another --results, or --redo"
+                )
+            return own
+        key = experiment.key()
+        everything = (self.read(file) for file in sorted(self.folder.glob("*/*.json")))
+        return next((r for r in everything if r and r["key"] == key and not experiment.verdict(r)), None)
+
+    def path(self, experiment: Experiment, study: str) -> Path:
+        return experiment.file(self.folder / study)
+
+    def read(self, file: Path) -> dict[str, Any] | None:
+        if not file.is_file():
+            return None
+        changed = file.stat().st_mtime_ns
+        if self._files.get(file, (0,))[0] != changed:
+            self._files[file] = changed, json.loads(file.read_text())
+        return self._files[file][1]
+
+
+Find = Callable[[Experiment], dict[str, Any] | None]
+
+
+def loss_after(result: dict[str, Any]) -> float:
+    """Held-out loss at the end; infinite for a run that diverged."""
+    loss = result["metrics"]["held_out_loss"]["after"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
+    """Every method at three rates on one task and seed, then further out while the best is the last on its side."""
+    yield replace(base, method="none", lr=0.0)
+    methods = [method for method in METHODS if method != "none"]
+    for at in (1, 0, 2):  # the centres of all first
+        for method in methods:
+            yield replace(base, method=method, lr=METHODS[method].rates[at])
+    for method in methods:
+        yield from _further(replace(base, method=method), find)
+
+
+def _further(base: Experiment, find: Find) -> Iterable[Experiment]:
+    rates = list(METHODS[base.method].rates)
+    while True:
+        found = {rate: find(replace(base, lr=rate)) for rate in rates}
+        if any(result is None for result in found.values()):
+            return
+        losses = {rate: loss_after(result) for rate, result in found.items() if result is not None}
+        at = LADDER.index(min(losses, key=losses.__getitem__))
+        wanted = [LADDER[i] for i in (at - 1, at + 1) if 0 <= i < len(LADDER) and LADDER[i] not in rates]
+        if not wanted:
+            return
+        yield replace(base, lr=wanted[0])
+        rates.append(wanted[0])
+
+
+def best_rate(method: str, base: Experiment, find: Find) -> float | None:
+    """The best of the rates that ``lr`` has tried so far, on its task and seed; None before any is there."""
+    tried = {rate: find(replace(base, method=method, task=LR_TASK, seed=SEEDS[0], lr=rate)) for rate in LADDER}
+    losses = {rate: loss_after(result) for rate, result in tried.items() if result is not None}
+    return min(losses, key=losses.__getitem__) if set(METHODS[method].rates) <= set(losses) else None
+
+
+def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
+    """The most telling methods, each at its best rate, on every task and seed: seed by seed, task by task."""
+    rates = {method: best_rate(method, base, find) for method in TELLING}
+    for task in ("math", "sarcasm", "mixture", "novels"):
+        yield replace(base, method="none", task=task, lr=0.0)
+    # All but the novels alone, which the mixture contains, for every seed; then they.
+    for tasks in (("math", "sarcasm", "mixture"), ("novels",)):
+        for seed in SEEDS:
+            for task in tasks:
+                for method, rate in rates.items():
+                    if rate is not None:
+                        yield replace(base, method=method, task=task, seed=seed, lr=rate)
+
+
+def ablations(base: Experiment, find: Find) -> Iterable[Experiment]:
+    """One thing of ID-LoRA r=32 changed at a time, on one task; at the best rate of its router's form."""
+    for seed in SEEDS:
+        for _, experiment in ablation_groups(base, find):
+            yield replace(experiment, seed=seed)
+
+
+def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experiment]]:
+    """Ablations with the name of their group, without seeds."""
+    for group, overrides in ABLATIONS.items():
+        for override in overrides:
+            static = override.get("router", "linear") == "static"
+            rate = best_rate("idlora-r32-static" if static else "idlora-r32", base, find)
+            if rate is not None:
+                given = METHODS["idlora-r32"].adapter
+                differs = {name: value for name, value in override.items() if given.get(name) != value}
+                yield group, replace(base, method="idlora-r32", task=LR_TASK, override=differs, lr=rate)
+
+
+Study = Callable[[Experiment, Find], Iterable[Experiment]]
+STUDIES: dict[str, Study] = {"lr": lr_study, "quality": quality, "ablations": ablations}
+
+
+def declared(study: str, base: Experiment, find: Find) -> list[Experiment]:
+    """Every experiment of a study, as far as what is there already decides them, once each.
+
+    Raises:
+        ValueError: it needs results of ``lr`` that are not there.
+    """
+    unique = {experiment.name: experiment for experiment in STUDIES[study](base, find)}
+    if all(experiment.method == "none" for experiment in unique.values()):
+        raise ValueError(f"{study} takes each method's best learning rate from lr: run lr first")
+    return list(unique.values())

@@ -1,0 +1,221 @@
+"""The comparison's whole cycle on a tiny model: run, resume, skip, refuse, report; and the parts it stands on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from compare import __main__ as cli
+from compare import methods, report, run, studies, tasks
+from compare.experiment import Experiment, adapter_behaviour, write_json
+from compare.hydralora import HydraLinear, apply_hydralora
+from conftest import tiny_gpt2, tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tiny Llama and a tokenizer, and the data of all tasks, in the environment's folders."""
+    folder = tmp_path_factory.mktemp("compare")
+    words = ["<end>", "<unk>", "Answer:", "Headline:", "Sarcastic:", "yes", "no", *WORDS]
+    words += [str(i) for i in range(30)]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    tiny_llama(vocab_size=101, max_position_embeddings=256).save_pretrained(folder)
+    rng = random.Random(0)
+
+    def text():
+        return " ".join(rng.choices(WORDS, k=12))
+
+    math = [{"question": text(), "choices": ["1", "2", "3"], "answer": str(rng.randint(1, 3))} for _ in range(800)]
+    headlines = [{"text": text(), "label": str(rng.randint(0, 1))} for _ in range(800)]
+    for name, records in (("elementary_math_qa", math), ("sarcasm", headlines)):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDLORA_COMPARE_DATA", str(folder))
+        patch.setenv("IDLORA_CACHE", str(folder / "cache"))
+        patch.setattr(tasks, "_novels", lambda: [[text() for _ in range(4000)]])
+        tasks.task_digest("mixture", folder.resolve(), 128)  # tokenised once; other processes find it in the cache
+        yield folder
+
+
+def experiment(model, method="lora-r8", **fields):
+    return Experiment(**{"method": method, "task": "math", "lr": 1e-3, "steps": 3, "model": str(model)} | fields)
+
+
+def study(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
+    code = cli.main()
+    return code, capsys.readouterr()
+
+
+def test_cycle(model, tmp_path, monkeypatch, capsys):
+    options = ["lr", "--model", model, "--steps", 3, "--results", tmp_path, "--only", "idlora-r32"]
+    code, output = study(monkeypatch, capsys, *options, "--limit", 1, "--jobs", 2)
+    assert code == 0, output.err
+    [file] = (tmp_path / "lr").iterdir()
+    result = json.loads(file.read_text())
+    assert result["key"] == experiment(model, "idlora-r32").key()
+    # A fresh process and this one compute the same.
+    again = run.measure(experiment(model, "idlora-r32"))
+    torch.set_num_threads(1)
+    assert again["train"]["loss"] == pytest.approx(result["train"]["loss"], rel=1e-5)
+    assert result["metrics"]["held_out_loss"]["after"] < result["metrics"]["held_out_loss"]["before"]
+
+    # Resumed: what is there is not run again, and a rate of each side is missing.
+    _, output = study(monkeypatch, capsys, *options, "--list")
+    assert file.stem not in output.out
+    assert output.out.splitlines()[-1] == "2 of 3 to be run"
+
+    # Another experiment under the same name is refused, or redone.
+    with pytest.raises(SystemExit, match="2"):
+        study(monkeypatch, capsys, *options[:4], 5, *options[5:], "--list")
+    assert "steps was 3 and is 5. Move it away, give another --results, or --redo" in capsys.readouterr().err
+    write_json(file, result | {"behaviour": [value + 1 for value in result["behaviour"]]})
+    with pytest.raises(SystemExit, match="2"):
+        study(monkeypatch, capsys, *options, "--list")
+    assert "the adapter's code computes" in capsys.readouterr().err
+    _, output = study(monkeypatch, capsys, *options, "--list", "--redo")
+    assert file.stem in output.out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora-fa-r8", "hydralora-r4", "vera-r256", "idlora-r32-static"])
+def test_a_run_of_each_kind(model, method, dtype):
+    result = run.measure(experiment(model, method, task="mixture", dtype=dtype))
+    metrics = result["metrics"]
+    assert len(result["train"]["loss"]) == 3
+    assert set(metrics["accuracy"]) == {"math", "sarcasm"}
+    assert list(metrics["held_out_curve"]) == ["0", "1", "2", "3"]
+    assert bool(metrics["alpha"]) == method.startswith("idlora")
+    # The file holds what is trained, at least: VeRA's also its projections, ID-LoRA's also its rows.
+    assert metrics["adapter_bytes"] > metrics["trainable_parameters"] * 2
+
+
+def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch):
+    bad = json.dumps(vars(experiment(model, override={"no_such_field": 1})))
+    monkeypatch.setattr(sys, "argv", ["run", bad, "--output", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match=r"x: LoraConfig does not take these settings.*no_such_field"):
+        run.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_are_extended_while_the_best_is_at_the_edge(model):
+    base = experiment(model, "none", lr=0.0)
+    found = {}
+
+    def find(one):
+        return found.get((one.method, one.lr))
+
+    for one in studies.lr_study(base, find):  # the lower the rate, the better
+        found[one.method, one.lr] = {"metrics": {"held_out_loss": {"after": one.lr}}}
+    assert [rate for method, rate in found if method == "lora-r8"] == [1e-3, 3e-4, 3e-3, 1e-4, 3e-5, 1e-5]
+    assert studies.best_rate("lora-r8", base, find) == 1e-5
+    found["lora-r8", 1e-4] = {"metrics": {"held_out_loss": {"after": float("nan")}}}  # diverged
+    found["lora-r8", 1e-3] = {"metrics": {"held_out_loss": {"after": 0.0}}}
+    assert studies.best_rate("lora-r8", base, find) == 1e-3
+    assert not list(studies._further(replace(base, method="lora-r8"), find))
+
+
+def test_report(model, tmp_path):
+    base = experiment(model, "none", lr=0.0)
+    done = run.measure(experiment(model))
+    for method in studies.TELLING:
+        for rate in methods.METHODS[method].rates:
+            one = experiment(model, method, lr=rate)
+            loss = 1.0 + abs(rate - 1e-3) + 0.1 * (method == "miss-r8")
+            fake = done | {"key": one.key(), "settings": one.settings(), "variant": one.variant}
+            fake["behaviour"] = adapter_behaviour(json.dumps(one.adapter))
+            fake["metrics"] = done["metrics"] | {"held_out_loss": {"before": 2.0, "after": loss}}
+            write_json(one.file(tmp_path / "lr"), fake)
+    text = report.Report(tmp_path, base).write().read_text()
+    assert "| miss-r8 |  |  |  | 1.1007 | **1.1000** | 1.1020 |  |  |  | 0.001 |" in text
+    rows = [row for row in text.splitlines() if row.startswith("| miss-r8 | 0.001 |")]
+    assert "| 1.1000 (1 of 3) | +0.1000 (1 of 3) |" in rows[0]
+    assert "| 1.0000 (1 of 3) |" in text  # the ablations take the very same experiment from the other study
+    assert (tmp_path / f"{model.name}--quality_math.svg").is_file()
+    assert (tmp_path / f"{model.name}--differences_math.svg").is_file()
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_starts_at_the_base_model_and_learns(name):
+    adapter = methods.METHODS[name].adapter
+    try:
+        methods.config(adapter)
+    except ValueError as error:
+        pytest.skip(f"not in this version: {error}")
+    losses = methods.behaviour(adapter)
+    if adapter["kind"] == "none":
+        assert not losses
+        return
+    assert losses[0] == methods.behaviour({"kind": "full"})[0]
+    assert losses[-1] < losses[0]
+
+
+def test_hydralora_is_its_loop():
+    torch.manual_seed(0)
+    layer = HydraLinear(torch.nn.Linear(12, 20), r=4, experts=3, alpha=8)
+    torch.nn.init.normal_(layer.hydra_B)
+    h = torch.randn(2, 5, 12)
+    w = (h @ layer.hydra_gate.T).softmax(-1)
+    expected = layer.base_layer(h)
+    for i in range(3):
+        expected = expected + 2 * w[..., i : i + 1] * (h @ layer.hydra_A.T @ layer.hydra_B[:, 4 * i : 4 * i + 4].T)
+    torch.testing.assert_close(layer(h), expected)
+    model = apply_hydralora(tiny_llama(), r=4, experts=3, alpha=8)
+    assert sum(isinstance(m, HydraLinear) for m in model.modules()) == 14
+    assert all("hydra_" in name for name, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"no torch\.nn\.Linear beside its output head"):
+        apply_hydralora(tiny_gpt2(), r=4, experts=3, alpha=8)
+
+
+def test_split_is_disjoint_and_labels_follow(model):
+    [part] = tasks.load_task("sarcasm", model.resolve(), 128).values()
+    assert part.train.shape[1:] == part.held_out.shape[1:] == (2, 128)
+    kept = part.train[:, 1] != -100
+    assert torch.equal(part.train[:, 1][kept], part.train[:, 0][kept])
+    assert set(part.train[:, 1][kept].tolist()) == {0, 5, 6}  # the end of the text, yes and no
+
+    def documents(rows):
+        text = rows[:, 0].flatten().tolist()
+        ends = [i for i, token in enumerate(text) if token == 0]
+        return {tuple(text[a + 1 : b - 2]) for a, b in pairwise(ends)}
+
+    mixture = tasks.load_task("mixture", model.resolve(), 128)
+    assert len({len(each.train) for each in mixture.values()}) == 1
+    assert torch.equal(tasks.load_task("sarcasm", model.resolve(), 128)["sarcasm"].train, part.train)
+    assert documents(part.train)
+    assert not documents(part.train) & documents(part.held_out)
+
+
+def test_accuracy_is_that_of_one_choice_at_a_time():
+    model = tiny_llama()
+    problems = [([1, 2, 3], [[4], [5], [6, 7]], 1), ([9, 8], [[7, 7, 2], [1]], 0), ([3], [[2], [1]], 1)]
+    right = 0
+    for prompt, choices, answer in problems:
+        scores = []
+        for choice in choices:
+            with torch.no_grad():
+                likelihood = model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
+            scores.append(sum(likelihood[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice)))
+        right += scores.index(max(scores)) == answer
+    assert tasks.accuracy(model, problems, "cpu", batch=2) == right / 3
+
+
+def test_missing_data_says_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDLORA_COMPARE_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="set IDLORA_COMPARE_DATA to the folder that holds it"):
+        next(tasks.sarcasm())
