@@ -96,6 +96,8 @@ def _moved(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> int:
     if op in SCATTERS:
         source = max(inputs[1:], key=lambda t: t.numel() * t.is_floating_point())
         return SCATTERS[op] * source.numel() * source.itemsize + _bytes(inputs[1:])
+    if "out" in kwargs:
+        return _bytes(inputs)  # it is among them: written, not read
     if func._schema.is_mutable:
         return _bytes(inputs[1:]) + (1 if op in WRITE_ONLY else 2) * _bytes(inputs[:1])
     ours = {_storage(t) for t in inputs}
