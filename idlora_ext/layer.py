@@ -170,12 +170,13 @@ class IdLoraLayer(MergeableLayer):
         A plain linear layer is called without its bias, which the epilogue then adds: subtracting it again from a
         low-precision output would lose digits. Any other layer adds its bias itself.
         """
-        bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
-        if bias is None or args or kwargs or not is_plain(self.base_layer):
-            y0 = self.base_layer(h, *args, **kwargs)
+        layer: Any = self._modules["base_layer"]
+        if args or kwargs or not is_plain(layer):
+            bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
+            y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
-        weight: Any = self.base_layer.weight
-        y0 = F.linear(h, weight.t() if isinstance(self.base_layer, Conv1D) else weight)
+        bias, weight = distributed.local(layer.bias), layer.weight
+        y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight)
         return y0, _beside(bias, y0), False
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
@@ -217,7 +218,13 @@ class IdLoraLayer(MergeableLayer):
             self.scaling[adapter] = self.configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
 
     def _active_here(self) -> list[str]:
-        return [adapter for adapter in self.active_adapters if adapter in self.idlora_B]
+        held = self._held("idlora_B")
+        return [adapter for adapter in self.active_adapters if adapter in held]
+
+    def _held(self, name: str) -> dict[str, Any]:
+        """A dictionary of the layer's by adapter, past nn.Module's lookups, which decoding feels in every layer."""
+        holder: Any = self._modules[name]
+        return holder._buffers if isinstance(holder, BufferDict) else holder._parameters
 
 
 class Linear(nn.Module, IdLoraLayer):
@@ -244,9 +251,10 @@ class Linear(nn.Module, IdLoraLayer):
         if self.training and h.requires_grad:
             integration.refuse_training_through_packed(self.name, self.base_layer)
         adapters = [] if self.disable_adapters else self._active_here()
-        if not adapters or self.merged:
+        if not adapters or self.merged_adapters:
             return self.base_layer(h, *args, **kwargs)
-        self.refuse_pending(adapters)
+        if self.pending:
+            self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
@@ -273,13 +281,13 @@ class Linear(nn.Module, IdLoraLayer):
     def _fused(self, adapter: str) -> bool:
         """Whether ``ops.adapt`` does all of an adapter: neither dropout, row scales nor a bounded router."""
         dropout = self.training and self.dropout[adapter]
-        return not (dropout or self.bounded[adapter] or adapter in self.idlora_row_scale)
+        return not (dropout or self.bounded[adapter] or adapter in self._held("idlora_row_scale"))
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        router, B = self.idlora_router[adapter], self.idlora_B[adapter]
+        router, B = self._held("idlora_router")[adapter], self._held("idlora_B")[adapter]
         if router.dtype not in (dtype, torch.float32):  # a base layer that computes wider than the adapter is stored
             router, B = router.to(dtype), B.to(dtype)
-        return self.idlora_index[adapter], router, B
+        return self._held("idlora_index")[adapter], router, B
 
     def __repr__(self) -> str:
         return "idlora." + super().__repr__()

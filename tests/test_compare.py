@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from compare import __main__ as cli
-from compare import methods, report, run, studies, tasks
+from compare import cost, methods, report, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
@@ -213,6 +213,21 @@ def test_accuracy_is_that_of_one_choice_at_a_time():
             scores.append(sum(likelihood[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice)))
         right += scores.index(max(scores)) == answer
     assert tasks.accuracy(model, problems, "cpu", batch=2) == right / 3
+
+
+def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "cost.json"
+    options = ["--model", model, "--repeats", 1, "--steps", 1, "--batch", 1, "--length", 32, "--output", output]
+    monkeypatch.setattr(sys, "argv", ["cost", *map(str, options), "--methods", "none", "lora-r8"])
+    cost.main()
+    figures = json.loads(output.read_text())["summary"]
+    assert figures["none"]["trainable_parameters"] == figures["none"]["optimizer_bytes"] == 0
+    lora = figures["lora-r8"]
+    assert lora["optimizer_bytes"] >= 2 * 4 * lora["trainable_parameters"] > 0  # two moments
+    assert lora["adapter_bytes"] > 4 * lora["trainable_parameters"]
+    assert lora["saved_bytes"] > figures["none"]["saved_bytes"] > 0
+    assert lora["step_cpu_seconds_over_none"] == lora["step_cpu_seconds"] / figures["none"]["step_cpu_seconds"]
+    assert "| lora-r8 |" in capsys.readouterr().out
 
 
 def test_missing_data_says_where_it_comes_from(tmp_path, monkeypatch):

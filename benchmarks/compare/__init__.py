@@ -4,6 +4,7 @@ One experiment is one fresh process and one JSON file; a study is a declared lis
 
     python -m benchmarks.compare lr --jobs 2 --threads 1     # run what is missing of a study
     python -m benchmarks.compare.report                      # tables and plots of all studies
+    python -m benchmarks.compare.cost                        # time, memory and file size, beside the frozen model
 """
 
 import sys

@@ -1,0 +1,207 @@
+"""What training and decoding cost, beside the frozen model alone: time, memory, file. Verified before it is timed.
+
+    python -m benchmarks.compare.cost                                  # about half an hour on two cores
+    python -m benchmarks.compare.cost --device cuda --dtype bfloat16   # the same on a GPU
+
+Every measurement is a fresh process, and they take turns (A B C A B C ..), so that what else a machine does falls on
+all alike; given are medians, and 20th and 80th percentiles. A step is the forward pass, the backward pass down to the
+embeddings, and the optimizer's step, on random tokens; the frozen model's has no optimizer. On a CPU time is the
+process's own (user and system, all threads), which a busy machine disturbs least; wall time stands beside it in the
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_saved_activations import saved_activations
+from kernel_page import table
+from machine import describe
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.utils import logging
+
+from . import RESULTS, ROOT, methods
+from .experiment import MODEL, model_path, write_json
+from .methods import METHODS
+from .run import adapter_bytes, trainable
+
+FROZEN, LORA, PEER, OURS = "none", "lora-r8", "miss-r8", "idlora-r32"
+DEFAULT = (FROZEN, LORA, PEER, OURS, "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128", "dora-r8")
+NEW_TOKENS = 24
+
+
+def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One method in this process."""
+    set_seed(0)
+    path = model_path(options.model)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype)).to(options.device)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(options.device)
+    with torch.no_grad():
+        expected = model(input_ids=ids[:1]).logits
+
+    adapter = METHODS[method].adapter
+    adapting = time.process_time()
+    model = methods.apply(model, adapter)
+    adapting = time.process_time() - adapting
+    with torch.no_grad():  # untrained, it must be the frozen model
+        if not torch.allclose(model(input_ids=ids[:1]).logits, expected, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{method}: the untrained adapter changes the model's output")
+
+    model.train()
+    model.enable_input_require_grads()
+    optimizer = methods.optimizer(model, adapter, lr=1e-6) if trainable(model) else None
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()  # whatever is made once
+    if options.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    steps = [timed(step, options.device) for _ in range(options.steps)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    saved = saved_activations(model, input_ids=ids, labels=ids, use_cache=False)
+    model.eval()
+    decoding = [timed(lambda: decode(model, ids[:1, :32]), options.device) for _ in range(3)]
+    return {
+        "step_cpu_seconds": statistics.median(cpu for cpu, _ in steps),
+        "step_wall_seconds": statistics.median(wall for _, wall in steps),
+        "decode_cpu_seconds": min(cpu for cpu, _ in decoding) / NEW_TOKENS,
+        "decode_wall_seconds": min(wall for _, wall in decoding) / NEW_TOKENS,
+        "saved_bytes": saved.bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated() if options.device != "cpu" else peak,
+        "optimizer_bytes": sum(t.numel() * t.element_size() for t in _state(optimizer)),
+        "trainable_parameters": sum(p.numel() for p in trainable(model)),
+        "adapter_bytes": adapter_bytes(model) if trainable(model) else 0,
+        "adapt_cpu_seconds": adapting,
+    }
+
+
+def timed(run: Callable[[], None], device: str) -> tuple[float, float]:
+    """Process CPU seconds and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+@torch.no_grad()
+def decode(model: nn.Module, ids: Tensor) -> None:
+    """Greedy, token by token with a cache, batch 1."""
+    cache = None
+    for _ in range(NEW_TOKENS):
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+
+def _state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    states = optimizer.state.values() if optimizer else ()
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Method -> figure -> median; of times the percentiles too, and the median of ratios within one turn."""
+    summary = {}
+    for method, mine in runs.items():
+        figures: dict[str, Any] = {name: statistics.median(run[name] for run in mine) for name in mine[0]}
+        for name in [name for name in figures if name.startswith(("step", "decode"))]:
+            values = sorted(run[name] for run in mine)
+            figures[name + "_p20_p80"] = [values[round(q * (len(values) - 1))] for q in (0.2, 0.8)]
+            for base in (FROZEN, LORA, PEER):
+                if base in runs:
+                    ratios = [run[name] / other[name] for run, other in zip(mine, runs[base], strict=False)]
+                    figures[f"{name}_over_{base}"] = statistics.median(ratios)
+        summary[method] = figures
+    return summary
+
+
+def page(summary: dict[str, dict[str, Any]], clock: str) -> str:
+    step, decoding = f"step_{clock}_seconds", f"decode_{clock}_seconds"
+    lines = []
+    for method, f in summary.items():
+        ratios = [f"{f[f'{step}_over_{base}']:.3f}" if base in summary else "" for base in (FROZEN, LORA, PEER)]
+        overhead = ""
+        if {FROZEN, LORA} <= summary.keys() and method != FROZEN:
+            frozen = summary[FROZEN][step]
+            overhead = f"{(f[step] - frozen) / (summary[LORA][step] - frozen):.2f}"
+        low, high = f[step + "_p20_p80"]
+        lines.append([
+            method, f"{f['trainable_parameters']:,}", f"{f[step]:.2f} ({low:.2f} to {high:.2f})", *ratios, overhead,
+            f"{1000 * f[decoding]:.1f}", f"{f[f'{decoding}_over_{FROZEN}']:.3f}" if FROZEN in summary else "",
+            f"{f['saved_bytes'] / 1e6:,.0f}", f"{f['peak_bytes'] / 2**30:.2f}", f"{f['optimizer_bytes'] / 1e6:.1f}",
+            f"{f['adapter_bytes'] / 1e6:.1f}", f"{f['adapt_cpu_seconds']:.1f}",
+        ])  # fmt: skip
+    head = ["method", "parameters", f"{clock} s/step", "/ frozen", "/ LoRA r=8", "/ MiSS r=8", "overhead / LoRA r=8's"]
+    head += [
+        "decode, ms/token",
+        "/ frozen",
+        "saved for backward, MB",
+        "peak, GiB",
+        "optimizer, MB",
+        "file, MB",
+        "adapt, s",
+    ]
+    return table(head, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=7, help="fresh processes of each method (default: 7)")
+    parser.add_argument("--steps", type=int, default=3, help="timed in each (default: 3)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, or a directory")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cost.json", help="(default: %(default)s)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        torch.set_num_threads(options.threads)
+        logging.disable_progress_bar()
+        print(json.dumps(measure(options.one, options)))
+        return
+
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for method in tqdm(options.methods * options.repeats, unit="run"):
+        command = [sys.executable, "-m", "benchmarks.compare.cost", *sys.argv[1:], "--one", method]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{method}: {done.stderr.strip()}")
+        runs.setdefault(method, []).append(json.loads(done.stdout.splitlines()[-1]))
+    summary = summarise(runs)
+    settings = {name: value for name, value in vars(options).items() if name not in ("one", "output")}
+    write_json(options.output, {"machine": describe(), "settings": settings, "summary": summary, "runs": runs})
+    text = page(summary, "wall" if options.device != "cpu" else "cpu")
+    options.output.with_suffix(".md").write_text(
+        f"# Cost\n\nWritten by `python -m benchmarks.compare.cost`; do not edit. {options.model}, {options.dtype}, "
+        f"{options.threads} thread(s), batch {options.batch} x {options.length}; medians of {options.repeats} fresh "
+        f"processes in turns.\n\n{text}\n",
+        encoding="utf-8",
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
