@@ -300,3 +300,47 @@ def test_weights_packed_for_inference(tmp_path):
     logits(model)
     with pytest.raises(ValueError, match=r"layer .* bitsandbytes has packed its 4-bit weights for inference"):
         model.train()(input_ids=torch.arange(10)[None])
+
+
+def write_gguf(model, path):
+    gguf = pytest.importorskip("gguf")
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        dtype = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            f"{names.get_name(layer)}.{kind}", gguf.quants.quantize(tensor.numpy(), dtype), raw_dtype=dtype
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_loaded_from_gguf(tmp_path):
+    """transformers dequantises such a model as it loads it: plain layers, which can also be merged."""
+    write_gguf(tiny_llama(max_position_embeddings=128), tmp_path / "model.gguf")
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+
+    untouched = logits(base())
+    model = get_peft_model(base(), IdLoraConfig(router="static", **FIELDS))
+    assert torch.equal(logits(model.eval()), untouched)
+    ids = torch.arange(20)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.idlora_B["default"].grad.any() for layer in layers_of(model).values())
+    expected = logits(randomize_adapter(model, std=0.3).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
