@@ -56,11 +56,11 @@ def rms(t):
 
 
 def check_error(shape, N, dtype):
-    for held, bias_in_y0, static in itertools.product((torch.float32, dtype), (False, True), (False, True)):
+    for (held, bias_in_y0), static in itertools.product(((torch.float32, False), (dtype, True)), (False, True)):
         kind = {"held": held, "shared": bias_in_y0, "static": static}
         errors = draw_errors(shape, N, dtype, bias_in_y0, kind, range(1))
-        few = math.ceil(64 / max(1, problem(shape, N, dtype, **kind)[3].numel()))
-        if few > 1:  # the error of a few numbers is luck: the router's gradient is that of draws which give 64
+        few = min(16, math.ceil(64 / problem(shape, N, dtype, **kind)[3].numel()))
+        if few > 1:  # the error of a few numbers is luck: the router's gradient is that of draws with 64, or of 16
             errors["dT"] = draw_errors(shape, N, dtype, bias_in_y0, kind, range(few))["dT"]
         for name, (ours, plain, rounding) in errors.items():
             assert ours <= (2 if name in "yx" else 3) * max(plain, rounding), (name, kind)
