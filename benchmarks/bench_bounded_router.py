@@ -132,7 +132,7 @@ def distributions(model: nn.Module, held_out: Tensor) -> dict[str, dict[str, dic
 
     def observe(layer: IdLoraLayer, args: tuple[Tensor, ...], name: str) -> None:
         y0, bias, bias_in_y0 = layer._base_output(args[0])
-        x = layer._gather(y0, "default", bias if bias_in_y0 else None)
+        x = layer._gather(y0, None, "default", bias if bias_in_y0 else None)
         T = layer.idlora_router["default"]
         for kind, u in kinds.items():
             # a direction of the length that makes u of size 1 for x of size 1

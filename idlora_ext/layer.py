@@ -160,7 +160,7 @@ class IdLoraLayer(MergeableLayer):
             k = len(self.idlora_index[adapter_name])
             return self.idlora_router[adapter_name].float().expand(*h.shape[:-1], k)
         y0, bias, bias_in_y0 = self._base_output(h)
-        x = self._gather(y0, adapter_name, bias if bias_in_y0 else None).float()
+        x = self._gather(y0, self._columns(y0), adapter_name, bias if bias_in_y0 else None).float()
         router = self.idlora_router[adapter_name].float()
         return bounded_router.weights(x, router) if self.bounded[adapter_name] else (x * router).sum(-1)
 
@@ -196,9 +196,9 @@ class IdLoraLayer(MergeableLayer):
             return None
         return distributed.Columns(self.get_base_layer().weight)
 
-    def _gather(self, y0: Tensor, adapter: str, bias: Tensor | None) -> Tensor:
+    def _gather(self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None) -> Tensor:
         """``x [..., k, r]``, ``x_ij = c_ij (y0 - bias)[index_ij]``, in the dtype of ``y0``."""
-        columns, index = self._columns(y0), self.idlora_index[adapter]
+        index = self.idlora_index[adapter]
         x = ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
         return (x * self.idlora_row_scale[adapter]).to(x.dtype) if adapter in self.idlora_row_scale else x
 
@@ -271,7 +271,7 @@ class Linear(nn.Module, IdLoraLayer):
         added = None if bias_in_y0 else bias
         for adapter in adapters:  # each adapter reads the base output, not the one before it
             _, router, B = self._tensors(adapter, y0.dtype)
-            x = self._gather(y0, adapter, bias if bias_in_y0 else None)
+            x = self._gather(y0, columns, adapter, bias if bias_in_y0 else None)
             z = (bounded_router.routed_sum if self.bounded[adapter] else ops.rb_scale)(x, router)
             z = F.dropout(z, self.dropout[adapter], self.training)
             y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])

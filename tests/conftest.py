@@ -128,6 +128,19 @@ def randomize_adapter(model: nn.Module, adapter_name: str = "default", std: floa
 HEADS = {"bert": {"exclude_modules": ["classifier"]}}  # a new head: 3 classes hold no k * r rows
 
 
+def training_losses(model: nn.Module) -> list[float]:
+    """Of ten steps of AdamW on one batch."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(**inputs(), labels=inputs()["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def fields_for(kind, **fields):
     return FIELDS | HEADS.get(kind, {}) | fields
 

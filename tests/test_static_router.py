@@ -7,7 +7,17 @@ import copy
 import pytest
 import torch
 from bench_saved_activations import saved_activations
-from conftest import FIELDS, MODELS, fields_for, inputs, layers_of, logits, randomize_adapter, tiny_llama
+from conftest import (
+    FIELDS,
+    MODELS,
+    fields_for,
+    inputs,
+    layers_of,
+    logits,
+    randomize_adapter,
+    tiny_llama,
+    training_losses,
+)
 from peft import PeftModel, get_peft_model
 
 import idlora_ext
@@ -60,14 +70,7 @@ def test_one_constant_keeps_the_sum_and_several_keep_x():
 @pytest.mark.parametrize("shared", [True, False])
 def test_training_moves_the_constants(shared, dropout):
     model = idlora_ext.apply(tiny_llama(), **STATIC, shared_router=shared, dropout=dropout).train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(**inputs(), labels=inputs()["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = training_losses(model)
     assert losses[-1] < losses[0] - 0.1
     for layer in layers_of(model).values():
         assert (layer.idlora_router["default"] != 1).all()

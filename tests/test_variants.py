@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import FIELDS, MODELS, fields_for, inputs, layers_of, logits, randomize_adapter, tiny_llama
+from conftest import (
+    FIELDS,
+    MODELS,
+    fields_for,
+    inputs,
+    layers_of,
+    logits,
+    randomize_adapter,
+    tiny_llama,
+    training_losses,
+)
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -139,14 +149,7 @@ def test_a_bounded_router_starts_at_one_and_goes_by_direction():
 def test_training_moves_what_is_trained(variant):
     model = idlora_ext.apply(tiny_llama(), **FIELDS | variant, dropout=0.1).train()
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(**inputs(), labels=inputs()["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = training_losses(model)
     assert losses[-1] < losses[0] - 0.1
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if ".idlora_router." in name or ".idlora_B." in name}
