@@ -84,14 +84,17 @@ def loss_after(result: dict[str, Any]) -> float:
 
 
 def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """Every method at three rates on one task and seed, then further out while the best is the last on its side."""
+    """Every method at three rates on one task and seed, then further out while the best is the last on its side.
+
+    The telling methods first, since ``quality`` waits for them.
+    """
     yield replace(base, method="none", lr=0.0)
-    methods = [method for method in METHODS if method != "none"]
-    for at in (1, 0, 2):  # the centres of all first
+    for methods in (TELLING, [method for method in METHODS if method not in (*TELLING, "none")]):
+        for at in (1, 0, 2):  # the centres of all first
+            for method in methods:
+                yield replace(base, method=method, lr=METHODS[method].rates[at])
         for method in methods:
-            yield replace(base, method=method, lr=METHODS[method].rates[at])
-    for method in methods:
-        yield from _further(replace(base, method=method), find)
+            yield from _further(replace(base, method=method), find)
 
 
 def _further(base: Experiment, find: Find) -> Iterable[Experiment]:
