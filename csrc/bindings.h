@@ -65,6 +65,22 @@ inline std::optional<Dtype> native_dtype(const Tensor& t) {
   }
 }
 
+// A new tensor on the device of t, by default in its dtype. Not torch::stable::new_empty, whose way through the
+// dispatcher is felt in every layer of every decoded token.
+inline Tensor allocate(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = strides.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const auto number = torch::stable::detail::from(dtype.value_or(t.scalar_type()));
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(number), device_type, device_index,
+                                                  &result));
+  return Tensor(result);
+}
+
 // The leading dimensions of t, but its last `dropped` ones, and then `last`.
 inline std::vector<int64_t> leading(const Tensor& t, Sizes last, int64_t dropped = 1) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end() - dropped);

@@ -7,7 +7,6 @@
 namespace idlora {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::transpose;
 
 cpu::Parallel torch_threads() {
@@ -38,7 +37,7 @@ void add_product(Tensor& y, const Tensor& z, const Tensor& B, double scaling) {
 Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
   GatherProblem p{};
   if (!fits(p, y0, index, bias)) return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias);
-  Tensor x = new_empty(y0, leading(y0, {p.k, p.r}));
+  Tensor x = allocate(y0, leading(y0, {p.k, p.r}));
   p.x = x.mutable_data_ptr();
   cpu::cluster_gather(p, torch_threads());
   return x;
@@ -47,7 +46,7 @@ Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
 Tensor rb_scale(Tensor x, Tensor router) {
   RbScaleProblem p{};
   if (!fits(p, x, router)) return call_default<Tensor>("idlora::default_rb_scale", x, router);
-  Tensor z = new_empty(x, leading(x, {p.r}, 2), ScalarType::Float);
+  Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
   cpu::rb_scale(p, torch_threads());
   return z;
@@ -57,7 +56,7 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
   SharedGemmProblem p{};
   if (!fits(p, y0, z, B, bias, scaling))
     return call_default<Tensor>("idlora::default_shared_gemm", y0, z, B, bias, scaling);
-  Tensor y = new_empty(y0, y0.sizes());
+  Tensor y = allocate(y0, y0.sizes());
   p.y = y.mutable_data_ptr();
   if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
     cpu::shared_gemm_before_gemm(p, torch_threads());
@@ -74,12 +73,12 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
   if (!fits(p, y0, index, router, B, bias, scaling, bias_in_y0))
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
                                                     bias_in_y0, save_x);
-  Tensor y = new_empty(y0, y0.sizes());
-  Tensor x = new_empty(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
+  Tensor y = allocate(y0, y0.sizes());
+  Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
   if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
-    Tensor z = new_empty(y0, {p.N, p.r}, ScalarType::Float);
+    Tensor z = allocate(y0, {p.N, p.r}, ScalarType::Float);
     cpu::adapt_before_gemm(p, z.mutable_data_ptr<float>(), torch_threads());
     add_product(y, z, B, scaling);
   } else {
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
   if (!fits(p, dy, x, index, router, B, scaling))
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
                                                             scaling);
-  Tensor dy0 = new_empty(dy, dy.sizes()), drouter = new_empty(router, router.sizes()), dB = new_empty(B, B.sizes());
+  Tensor dy0 = allocate(dy, dy.sizes()), drouter = allocate(router, router.sizes()), dB = allocate(B, B.sizes());
   p.dy0 = dy0.mutable_data_ptr();
   p.drouter = drouter.mutable_data_ptr();
   p.dB = dB.mutable_data_ptr();
@@ -102,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
   if (dy.is_contiguous() && cpu::prefers_gemm_backward(p.dtype, p.N, p.d, q)) {
     const ScalarType dtype = dy.scalar_type();
     const Tensor parts = matrix(dy, ds);
-    Tensor dz = new_empty(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : new_empty(dy, {ds, q});
+    Tensor dz = allocate(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : allocate(dy, {ds, q});
     addmm(dz, 0, scaling, parts, in_dtype(B, dtype));
     const Tensor z = in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router), dtype);
     addmm(narrow_dB, 0, scaling, transpose(parts, 0, 1), matrix(z, q));

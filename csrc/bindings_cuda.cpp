@@ -28,7 +28,7 @@ Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
   if (unusable(y0) || !fits(p, y0, index, bias))
     return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias);
   Guard guard(y0.get_device_index());
-  Tensor x = torch::stable::new_empty(y0, leading(y0, {p.k, p.r}));
+  Tensor x = allocate(y0, leading(y0, {p.k, p.r}));
   p.x = x.mutable_data_ptr();
   launch("cluster_gather", cuda::launch_cluster_gather, p, y0);
   return x;
@@ -38,7 +38,7 @@ Tensor rb_scale(Tensor x, Tensor router) {
   RbScaleProblem p{};
   if (unusable(x) || !fits(p, x, router)) return call_default<Tensor>("idlora::default_rb_scale", x, router);
   Guard guard(x.get_device_index());
-  Tensor z = torch::stable::new_empty(x, leading(x, {p.r}, 2), ScalarType::Float);
+  Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
   launch("rb_scale", cuda::launch_rb_scale, p, x);
   return z;
@@ -49,7 +49,7 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
   if (unusable(y0) || !fits(p, y0, z, B, bias, scaling))
     return call_default<Tensor>("idlora::default_shared_gemm", y0, z, B, bias, scaling);
   Guard guard(y0.get_device_index());
-  Tensor y = torch::stable::new_empty(y0, y0.sizes());
+  Tensor y = allocate(y0, y0.sizes());
   p.y = y.mutable_data_ptr();
   launch("shared_gemm", cuda::launch_shared_gemm, p, y0);
   return y;
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
                                                     bias_in_y0, save_x);
   Guard guard(y0.get_device_index());
-  Tensor y = torch::stable::new_empty(y0, y0.sizes());
-  Tensor x = torch::stable::new_empty(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
+  Tensor y = allocate(y0, y0.sizes());
+  Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
   launch("adapt", cuda::launch_adapt, p, y0);
@@ -77,11 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
                                                             scaling);
   Guard guard(dy.get_device_index());
-  Tensor dy0 = torch::stable::new_empty(dy, dy.sizes());
-  Tensor drouter = torch::stable::new_empty(router, router.sizes());
-  Tensor dB = torch::stable::new_empty(B, B.sizes());
+  Tensor dy0 = allocate(dy, dy.sizes());
+  Tensor drouter = allocate(router, router.sizes());
+  Tensor dB = allocate(B, B.sizes());
   const auto bytes = static_cast<int64_t>(cuda::adapt_backward_workspace(p));
-  Tensor workspace = torch::stable::new_empty(dy, {bytes}, ScalarType::Byte);
+  Tensor workspace = allocate(dy, {bytes}, ScalarType::Byte);
   p.dy0 = dy0.mutable_data_ptr();
   p.drouter = drouter.mutable_data_ptr();
   p.dB = dB.mutable_data_ptr();

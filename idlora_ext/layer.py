@@ -175,9 +175,10 @@ class IdLoraLayer(MergeableLayer):
             bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
             y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
-        bias, weight = distributed.local(layer.bias), layer.weight
+        bias, weight = layer.bias, layer.weight
+        bias = None if bias is None else distributed.local(bias)
         y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight)
-        return y0, _beside(bias, y0), False
+        return y0, None if bias is None else _beside(bias, y0), False
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""
@@ -218,8 +219,10 @@ class IdLoraLayer(MergeableLayer):
             self.scaling[adapter] = self.configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
 
     def _active_here(self) -> list[str]:
-        held = self._held("idlora_B")
-        return [adapter for adapter in self.active_adapters if adapter in held]
+        held, active = self._held("idlora_B"), self._active_adapter
+        if isinstance(active, str):
+            return [active] if active in held else []
+        return [adapter for adapter in active if adapter in held]
 
     def _held(self, name: str) -> dict[str, Any]:
         """A dictionary of the layer's by adapter, past nn.Module's lookups, which decoding feels in every layer."""
@@ -250,8 +253,8 @@ class Linear(nn.Module, IdLoraLayer):
             return self.mixed_batch.forward(self, h, *args, **kwargs)
         if self.training and h.requires_grad:
             integration.refuse_training_through_packed(self.name, self.base_layer)
-        adapters = [] if self.disable_adapters else self._active_here()
-        if not adapters or self.merged_adapters:
+        adapters = [] if self._disable_adapters or self.merged_adapters else self._active_here()
+        if not adapters:
             return self.base_layer(h, *args, **kwargs)
         if self.pending:
             self.refuse_pending(adapters)
@@ -260,13 +263,13 @@ class Linear(nn.Module, IdLoraLayer):
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         with profiling.layer(self.name):
-            return self._epilogue(adapters, y0, bias, bias_in_y0)
+            if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
+                index, router, B = self._tensors(adapters[0], y0.dtype)
+                return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
+            return self._by_operator(adapters, y0, bias, bias_in_y0)
 
-    def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+    def _by_operator(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
-        if columns is None and len(adapters) == 1 and self._fused(adapters[0]):
-            index, router, B = self._tensors(adapters[0], y0.dtype)
-            return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
         y = y0
         added = None if bias_in_y0 else bias
         for adapter in adapters:  # each adapter reads the base output, not the one before it

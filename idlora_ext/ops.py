@@ -56,6 +56,11 @@ for _schema in SCHEMAS:
     torch.library.register_fake(f"idlora::{_op}", getattr(fakes, _op), lib=_library)
 
 
+# Without a gradient the way through autograd's wrapper, which is Python, would take as long as the kernel of one token.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_adapt_op = torch.ops.idlora.adapt.default
+
+
 def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x_i = (y0 - bias)[index_i]``: the products ``A_i h``, read off the base layer's output.
 
@@ -146,7 +151,10 @@ def adapt(
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     with op_range("forward", "idlora::adapt"):
-        return torch.ops.idlora.adapt(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
+        if save_x or torch.compiler.is_compiling():
+            return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
+        with _below_autograd():
+            return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, False)[0]
 
 
 def adapt_backward(
