@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from compare import __main__ as cli
-from compare import cost, methods, report, run, studies, tasks
+from compare import cost, methods, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
@@ -228,6 +228,40 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
     assert lora["saved_bytes"] > figures["none"]["saved_bytes"] > 0
     assert lora["step_cpu_seconds_over_none"] == lora["step_cpu_seconds"] / figures["none"]["step_cpu_seconds"]
     assert "| lora-r8 |" in capsys.readouterr().out
+
+    before = output.read_bytes()
+    monkeypatch.setattr(cost.subprocess, "run", None)  # what is there is not measured again
+    cost.main()
+    assert "| lora-r8 |" in capsys.readouterr().out and output.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--threads", "2"])
+    with pytest.raises(SystemExit):
+        cost.main()
+    assert "is of threads=1, not 2" in capsys.readouterr().err and output.read_bytes() == before
+
+
+def test_roofline_counts_each_operator(monkeypatch):
+    a, b, c = torch.zeros(8, 4), torch.zeros(4, 2).bfloat16(), torch.zeros(4, 6).bfloat16()
+    with roofline.Modelled() as modelled:
+        a.t()  # a view
+        a + 1
+        (b.t() @ c).view(-1)
+    moved, products = 2 * 32 * 4 + 2 * (8 + 24 + 12), 2 * 2 * 4 * 6
+    assert (modelled.bytes, modelled.flops) == (moved, products)
+    assert modelled.seconds == pytest.approx(moved / roofline.BANDWIDTH)
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(roofline, "LLAMA_3_8B", {**sizes, "head_dim": 16})
+    once, twice = (roofline.count("idlora-r32-static", batch, 16) for batch in (1, 2))
+    frozen = roofline.count("none", 1, 16)
+    assert frozen["parameters"] == 0 < once["parameters"]
+    for phase in ("forward", "backward"):
+        assert once[f"{phase}_bytes"] > frozen[f"{phase}_bytes"]
+        assert twice[f"{phase}_flops"] == 2 * once[f"{phase}_flops"]
+    widths = [64, 32, 32, 64, 128, 128, 64]  # ranks that fit: 16 of 64, 8 of 32, 32 of 128
+    ranks = [16, 8, 8, 16, 32, 32, 16]
+    products = sum(2 * 16 * d * r // 2 for d, r in zip(widths, ranks, strict=True))
+    assert once["forward_flops"] - frozen["forward_flops"] == products
+    assert once["backward_flops"] - frozen["backward_flops"] == 2 * products
 
 
 def test_missing_data_says_where_it_comes_from(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,24 @@ def _state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
+def earlier(output: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs that are there of these settings, of whichever methods.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+    if not output.is_file():
+        return {}
+    result = json.loads(output.read_text())
+    for name in settings.keys() - {"methods", "repeats"}:
+        if (before := result["settings"].get(name)) != settings[name]:
+            raise ValueError(
+                f"{output} is of {name}={before!r}, not {settings[name]!r}: give another --output, or --again"
+            )
+    runs: dict[str, list[dict[str, Any]]] = result["runs"]
+    return runs
+
+
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Method -> figure -> median; of times the percentiles too, and the median of ratios within one turn."""
     summary = {}
@@ -133,7 +152,10 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
     return summary
 
 
-def page(summary: dict[str, dict[str, Any]], clock: str) -> str:
+def page(result: dict[str, Any]) -> str:
+    """The table of a results file."""
+    summary, settings = result["summary"], result["settings"]
+    clock = "wall" if settings["device"] != "cpu" else "cpu"
     step, decoding = f"step_{clock}_seconds", f"decode_{clock}_seconds"
     lines = []
     for method, f in summary.items():
@@ -174,6 +196,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=RESULTS / "cost.json", help="(default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -183,24 +206,22 @@ def main() -> None:
         return
 
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for method in tqdm(options.methods * options.repeats, unit="run"):
+    settings = {name: value for name, value in vars(options).items() if name not in ("one", "output", "again")}
+    try:
+        runs = {} if options.again else earlier(options.output, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    for turn, method in tqdm(list(product(range(options.repeats), options.methods)), unit="run"):
+        if turn < len(runs.get(method, ())):
+            continue
         command = [sys.executable, "-m", "benchmarks.compare.cost", *sys.argv[1:], "--one", method]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{method}: {done.stderr.strip()}")
         runs.setdefault(method, []).append(json.loads(done.stdout.splitlines()[-1]))
-    summary = summarise(runs)
-    settings = {name: value for name, value in vars(options).items() if name not in ("one", "output")}
-    write_json(options.output, {"machine": describe(), "settings": settings, "summary": summary, "runs": runs})
-    text = page(summary, "wall" if options.device != "cpu" else "cpu")
-    options.output.with_suffix(".md").write_text(
-        f"# Cost\n\nWritten by `python -m benchmarks.compare.cost`; do not edit. {options.model}, {options.dtype}, "
-        f"{options.threads} thread(s), batch {options.batch} x {options.length}; medians of {options.repeats} fresh "
-        f"processes in turns.\n\n{text}\n",
-        encoding="utf-8",
-    )
-    print(text)
+        result = {"machine": describe(), "settings": settings, "summary": summarise(runs), "runs": runs}
+        write_json(options.output, result)  # each as it comes: a long measurement that is stopped goes on from there
+    print(page(json.loads(options.output.read_text())))
 
 
 if __name__ == "__main__":

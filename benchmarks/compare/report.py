@@ -9,14 +9,17 @@ are missing. Differences are paired: the same task, seed, rows and steps, only t
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import RESULTS
+from kernel_page import table
+
+from . import RESULTS, cost, roofline
 from .experiment import MODEL, Experiment
 from .methods import LADDER, METHODS
 from .studies import LR_TASK, SEEDS, TELLING, Results, ablation_groups, best_rate, loss_after, quality
@@ -47,7 +50,7 @@ class Report:
         return result
 
     def write(self) -> Path:
-        sections = [self.learning_rates(), self.quality(), self.ablations(), self.costs()]
+        sections = [self.learning_rates(), self.quality(), self.ablations(), self.cost(), self.roofline(), self.runs()]
         text = "\n\n".join([self.head(), *(section for section in sections if section), *self.tail()])
         path = self.folder / f"{self.prefix}README.md"
         path.write_text(text + "\n")
@@ -183,7 +186,35 @@ class Report:
         parameters = f"{metrics[0]['trainable_parameters']:,}"
         return [group, name, f"{experiment.lr:g}", parameters, loss, less, alpha]
 
-    def costs(self) -> str:
+    def cost(self) -> str:
+        """What ``cost.py`` has measured, if it was of this model."""
+        file = self.folder / "cost.json"
+        if not file.is_file() or (result := json.loads(file.read_text()))["settings"]["model"] != self.base.model:
+            return ""
+        s, machine = result["settings"], result["machine"]
+        note = (
+            f"`python -m benchmarks.compare.cost`: {Path(s['model']).name}, {s['dtype']}, {s['threads']} thread(s), "
+            f"batch {s['batch']} x {s['length']}, on {machine['gpus'] or machine['cpu']}; medians of {s['repeats']} "
+            "fresh processes that take turns, 20th and 80th percentiles in brackets. Frozen: forward, and backward to "
+            "the embeddings."
+        )
+        return f"## Cost, measured\n\n{note}\n\n{cost.page(result)}"
+
+    def roofline(self) -> str:
+        """What ``roofline.py`` has counted."""
+        file = self.folder / "roofline.json"
+        if not file.is_file():
+            return ""
+        result = json.loads(file.read_text())
+        s = result["settings"]
+        note = (
+            "`python -m benchmarks.compare.roofline`: a model by counted bytes and flops, nothing measured. One "
+            f"decoder layer of Llama-3-8B, {s['dtype']}, batch {s['batch']} x {s['length']}, all linear layers; every "
+            f"operator at {s['bandwidth'] / 1e12:g} TB/s or {s['peak'] / 1e12:g} TFLOP/s, an H100's limits."
+        )
+        return f"## Cost, modelled for an H100\n\n{note}\n\n{roofline.page(result['counts'])}"
+
+    def runs(self) -> str:
         """What a run took, medians over all runs of a method: beside others on the machine, so only for orientation."""
         rows = []
         for method in METHODS:
@@ -205,7 +236,7 @@ class Report:
         measured = ["file, MB", "first gradient norm", "CPU s a step", "adapting, CPU s", "peak GiB"]
         head = ["method", "parameters", *measured, "runs"]
         note = "Not a benchmark of speed: runs shared the machine. Adapting is nearly all row choice in ID-LoRA."
-        return f"## Cost\n\n{note}\n\n" + table(head, rows) if rows else ""
+        return f"## Runs\n\n{note}\n\n" + table(head, rows) if rows else ""
 
 
 def differences(runs: dict[int, Result], reference: dict[int, Result]) -> list[float]:
@@ -224,10 +255,6 @@ def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = F
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _axes(title: str, **labels: str) -> tuple[Any, Any]:
