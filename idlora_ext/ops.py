@@ -371,11 +371,14 @@ def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, save_x = inputs
     x = output[1]
     ctx.mark_non_differentiable(x)
+    ctx.set_materialize_grads(False)  # or every backward pass would begin by writing zeros of the size of x
     ctx.save_for_backward(x if save_x else None, index, router, B)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _adapt_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _adapt_autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 8
     x, index, router, B = ctx.saved_tensors
     if x is None:
         raise RuntimeError(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import adapter_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from idlora_ext import ops, reference
 
@@ -197,6 +198,31 @@ def test_saves_x_and_small_things_only(router_kind, device):
         ops.adapt(y0, index, router, B, b)
     sizes = sorted(t.numel() for t in saved if t.data_ptr() not in {router.data_ptr(), B.data_ptr(), index.data_ptr()})
     assert sizes == [50 * 8 if router_kind == ROUTERS["static"] else 50 * 4 * 8]
+
+
+def test_no_zeros_are_made_for_gradients_that_are_undefined(device):
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    class Zeros(TorchDispatchMode):
+        found = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += (func,) if "zero" in str(func) else ()
+            return func(*args, **(kwargs or {}))
+
+    y0, index, router, B, _ = problem((24, 3, 4, 2), device=device)
+    for after in (torch.clone, Undefined.apply):  # x has no gradient; then y has none either
+        y = after(ops.adapt(y0, index, router, B))
+        with Zeros() as zeros:
+            y.backward(torch.ones_like(y))
+        assert zeros.found == ()
 
 
 def test_nothing_is_saved_without_gradients(device):
