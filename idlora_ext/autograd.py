@@ -1,0 +1,115 @@
+"""The gradients of the operators, for the dispatcher; the kernels they call are operators themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fakes
+from .fakes import accumulate
+from .profiling import current_layer, op_range
+
+
+def register(library: torch.library.Library) -> None:
+    """Give the operators that ``library`` defines their gradients."""
+    for op, context, backward in (
+        ("cluster_gather", _cluster_gather_context, _cluster_gather_autograd),
+        ("rb_scale", _rb_scale_context, _rb_scale_autograd),
+        ("shared_gemm", _shared_gemm_context, _shared_gemm_autograd),
+        ("adapt", _adapt_context, _adapt_autograd),
+    ):
+        torch.library.register_autograd(f"idlora::{op}", backward, setup_context=_with_layer(context), lib=library)
+
+
+def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y0, index, bias = inputs
+    ctx.save_for_backward(index)
+    ctx.d = y0.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
+    (index,) = ctx.saved_tensors
+    with op_range("backward", "idlora::cluster_gather_backward", ctx.layer):
+        dy0 = torch.ops.idlora.cluster_gather_backward(dx.contiguous(), index, ctx.d)
+    dbias = -_sum_to_bias(dy0, ctx.bias_dtype) if _needs_bias(ctx, 2) else None
+    return dy0, None, dbias
+
+
+def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    with op_range("backward", "idlora::rb_scale_backward", ctx.layer):
+        return torch.ops.idlora.rb_scale_backward(dz.contiguous(), *saved)
+
+
+def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, z, B, bias, ctx.scaling = inputs
+    ctx.save_for_backward(z, B)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dy, saved = dy.contiguous(), ctx.saved_tensors
+    with op_range("backward", "idlora::shared_gemm_backward", ctx.layer):
+        dz, dB = torch.ops.idlora.shared_gemm_backward(dy, *saved, ctx.scaling)
+    dbias = _sum_to_bias(dy, ctx.bias_dtype) if _needs_bias(ctx, 3) else None
+    return dy, dz, dB, dbias, None
+
+
+def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, save_x = inputs
+    x = output[1]
+    ctx.mark_non_differentiable(x)
+    ctx.set_materialize_grads(False)  # or every backward pass would begin by writing zeros of the size of x
+    ctx.save_for_backward(x if save_x else None, index, router, B)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _adapt_autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, index, router, B = ctx.saved_tensors
+    if x is None:
+        raise RuntimeError(
+            "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
+        )
+    dy = dy.contiguous()
+    with op_range("backward", "idlora::adapt_backward", ctx.layer):
+        dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
+    dbias = None
+    if _needs_bias(ctx, 4) and not ctx.bias_in_y0:
+        dbias = _sum_to_bias(dy, ctx.bias_dtype)
+    elif _needs_bias(ctx, 4):
+        # It is subtracted from the gathered columns, so it sees -dx. Taken anew, as dy - dy0 has lost dx's last digits.
+        x = x.unsqueeze(-2) if fakes.keeps_sum(router) else x
+        dz, _ = torch.ops.idlora.shared_gemm_backward(dy, torch.ops.idlora.rb_scale(x, router), B, ctx.scaling)
+        dx, _ = torch.ops.idlora.rb_scale_backward(dz, x, router)
+        dx = dx.expand(*dx.shape[:-2], *index.shape).contiguous()
+        dbias = -_sum_to_bias(torch.ops.idlora.cluster_gather_backward(dx, index, dy.shape[-1]), ctx.bias_dtype)
+    return dy0, None, drouter, dB, dbias, None, None, None
+
+
+def _with_layer(context: Callable[..., None]) -> Callable[..., None]:
+    """The backward range is to name the layer. It opens after ``saved_tensors``, which may run a checkpointed block."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.layer = current_layer()
+        context(ctx, inputs, output)
+
+    return setup
+
+
+def _needs_bias(ctx: Any, position: int) -> bool:
+    # The dispatcher drops trailing arguments that have their default value, so the tuple may end before the bias.
+    return ctx.bias_dtype is not None and ctx.needs_input_grad[position]
+
+
+def _sum_to_bias(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.to(accumulate(gradient.dtype)).sum_to_size(gradient.shape[-1:]).to(dtype)
