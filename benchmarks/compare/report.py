@@ -50,7 +50,8 @@ class Report:
         return result
 
     def write(self) -> Path:
-        sections = [self.learning_rates(), self.quality(), self.ablations(), self.cost(), self.roofline(), self.runs()]
+        sections = [self.learning_rates(), self.quality(), self.ablations(), self.alpha()]
+        sections += [self.cost(), self.roofline(), self.runs()]
         text = "\n\n".join([self.head(), *(section for section in sections if section), *self.tail()])
         path = self.folder / f"{self.prefix}README.md"
         path.write_text(text + "\n")
@@ -185,6 +186,35 @@ class Report:
         less = spread(differences(runs, plain), len(SEEDS), sign=True)
         parameters = f"{metrics[0]['trainable_parameters']:,}"
         return [group, name, f"{experiment.lr:g}", parameters, loss, less, alpha]
+
+    def alpha(self) -> str:
+        """The router's weights over training, of each method that has a router, on every task it was trained on."""
+        rows = []
+        for method in METHODS:
+            rate = self._best_tried(method)
+            for task in TASKS:
+                experiment = replace(self.base, method=method, task=task, lr=rate or 0.0)
+                result = (self.find(experiment) or self.find(experiment, "quality")) if rate else None
+                curve = result["metrics"]["alpha"] if result else {}
+                if not curve or experiment.adapter["router"] == "static":
+                    continue
+                steps = sorted(curve, key=int)
+                for part in curve[steps[0]]:
+                    trained = task if part == task else f"{task}: {part}"
+                    cells = ["{mean:.3f}; {spread:.3f}; {clusters:.3f}".format(**curve[step][part]) for step in steps]
+                    rows.append([method, f"{rate:g}", trained, *cells, f"{curve[steps[-1]][part]['largest']:.3g}"])
+        if not rows:
+            return ""
+        head = ["method", "lr", "task", *(f"step {step}" for step in steps), "largest at the end"]
+        note = (
+            f"Seed {SEEDS[0]}, at the best rate so far: mean; spread over tokens; spread over clusters. Medians over "
+        )
+        return f"## The router's weights over training\n\n{note}layers.\n\n" + table(head, rows)
+
+    def _best_tried(self, method: str) -> float | None:
+        tried = {rate: self.find(replace(self.base, method=method, lr=rate)) for rate in LADDER}
+        losses = {rate: loss_after(result) for rate, result in tried.items() if result is not None}
+        return min(losses, key=losses.__getitem__) if losses else None
 
     def cost(self) -> str:
         """What ``cost.py`` has measured, if it was of this model."""
