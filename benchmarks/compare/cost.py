@@ -37,7 +37,7 @@ from transformers.utils import logging
 from . import RESULTS, ROOT, methods
 from .experiment import MODEL, model_path, write_json
 from .methods import METHODS
-from .run import adapter_bytes, trainable
+from .run import adapter_bytes, commit, trainable
 
 FROZEN, LORA, PEER, OURS = "none", "lora-r8", "miss-r8", "idlora-r32"
 DEFAULT = (FROZEN, LORA, PEER, OURS, "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128", "dora-r8")
@@ -219,7 +219,13 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(f"{method}: {done.stderr.strip()}")
         runs.setdefault(method, []).append(json.loads(done.stdout.splitlines()[-1]))
-        result = {"machine": describe(), "settings": settings, "summary": summarise(runs), "runs": runs}
+        result = {
+            "machine": describe(),
+            "commit": commit(),
+            "settings": settings,
+            "summary": summarise(runs),
+            "runs": runs,
+        }
         write_json(options.output, result)  # each as it comes: a long measurement that is stopped goes on from there
     print(page(json.loads(options.output.read_text())))
 
