@@ -16,6 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "peft_own"
 SITE = BUILD / "site"
+# Left out, since nothing in them could be ours: files of one other method each, of convolutions (vision_models), of mixed
+# models (refused), of adapters on the hub (auto, hub_features), and of GPUs. test_torch_compile has its counterpart in
+# tests/test_training_stack.py.
 FILES = [
     "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models", "seq_classifier",
     "token_classification_qa", "config", "low_level_api", "mapping", "other", "tuners_utils",
