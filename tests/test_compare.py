@@ -232,11 +232,13 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
     before = output.read_bytes()
     monkeypatch.setattr(cost.subprocess, "run", None)  # what is there is not measured again
     cost.main()
-    assert "| lora-r8 |" in capsys.readouterr().out and output.read_bytes() == before
+    assert "| lora-r8 |" in capsys.readouterr().out
+    assert output.read_bytes() == before
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--threads", "2"])
     with pytest.raises(SystemExit):
         cost.main()
-    assert "is of threads=1, not 2" in capsys.readouterr().err and output.read_bytes() == before
+    assert "is of threads=1, not 2" in capsys.readouterr().err
+    assert output.read_bytes() == before
 
 
 def test_roofline_counts_each_operator(monkeypatch):
