@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -470,8 +471,9 @@ def idlora(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def stderr_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """All but what bitsandbytes may say of itself: PEFT imports it where it is installed."""
-    return [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+    """All but what bitsandbytes and torchao say of themselves: PEFT imports them where they are installed."""
+    of_libraries = re.compile(r"Failed to load (CPU gemm_4bit_forward|.*torchao)|W\d+ .*_pytree\.py")
+    return [line for line in done.stderr.splitlines() if not of_libraries.match(line)]
 
 
 def test_as_a_program(run: Path) -> None:
