@@ -176,9 +176,8 @@ class IdLoraLayer(MergeableLayer):
             y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
         bias, weight = layer.bias, layer.weight
-        bias = None if bias is None else distributed.local(bias)
         y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight)
-        return y0, None if bias is None else _beside(bias, y0), False
+        return y0, None if bias is None else _beside(distributed.local(bias), y0), False
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""

@@ -235,6 +235,11 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
     cost.main()
     assert "| lora-r8 |" in capsys.readouterr().out
     assert output.read_bytes() == before
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(cost, "describe", lambda: {"cpu": "another"})
+        with pytest.raises(SystemExit):
+            cost.main()
+    assert "is from another machine" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--threads", "2"])
     with pytest.raises(SystemExit):
         cost.main()

@@ -119,10 +119,10 @@ def _state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 
 def earlier(output: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs that are there of these settings, of whichever methods.
+    """The runs that are there of these settings on this machine, of whichever methods.
 
     Raises:
-        ValueError: the file is of other settings.
+        ValueError: the file is of other settings, or from another machine.
     """
     if not output.is_file():
         return {}
@@ -132,6 +132,8 @@ def earlier(output: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, 
             raise ValueError(
                 f"{output} is of {name}={before!r}, not {settings[name]!r}: give another --output, or --again"
             )
+    if result["machine"] != describe():
+        raise ValueError(f"{output} is from another machine or other versions: give another --output, or --again")
     runs: dict[str, list[dict[str, Any]]] = result["runs"]
     return runs
 

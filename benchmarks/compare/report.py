@@ -22,7 +22,7 @@ from kernel_page import table
 from . import RESULTS, cost, roofline
 from .experiment import MODEL, Experiment
 from .methods import LADDER, METHODS
-from .studies import LR_TASK, SEEDS, TELLING, Results, ablation_groups, best_rate, loss_after, quality
+from .studies import LR_TASK, SEEDS, TELLING, Results, ablation_groups, best_rate, loss_after, losses_by_rate, quality
 from .tasks import TASKS
 
 REFERENCES = ("lora-r8", "miss-r8")  # what differences are to
@@ -36,7 +36,7 @@ class Report:
         self.results, self.base, self.folder = Results(folder), base, folder
         self.prefix = "" if base.model == MODEL else f"{Path(base.model).name}--"  # each model has a report of its own
         self.stale: list[str] = []
-        self.found: list[Result] = []
+        self.found: dict[str, Result] = {}  # by key: each counts once, however often it is looked up
 
     def find(self, experiment: Experiment, study: str = "lr") -> Result | None:
         """A result that is of this very experiment; others are named at the end of the report."""
@@ -46,7 +46,7 @@ class Report:
             self.stale.append(str(error))
             return None
         if result is not None:
-            self.found.append(result)
+            self.found[result["key"]] = result
         return result
 
     def write(self) -> Path:
@@ -59,7 +59,7 @@ class Report:
 
     def head(self) -> str:
         base = self.base
-        machines = sorted({result["machine"]["cpu"] for result in self.found}) or ["no results yet"]
+        machines = sorted({result["machine"]["cpu"] for result in self.found.values()}) or ["no results yet"]
         return (
             "# ID-LoRA beside other methods\n\nWritten by `python -m benchmarks.compare.report`; do not edit.\n\n"
             f"{Path(base.model).name}, {base.dtype}, {base.steps} steps of {base.batch} x {base.length} tokens, AdamW "
@@ -76,11 +76,7 @@ class Report:
         """Loss of every method at every rate that was tried, the best in bold, edges marked."""
         rows = []
         for method in METHODS:
-            tried = {
-                rate: loss_after(result)
-                for rate in LADDER
-                if (result := self.find(replace(self.base, method=method, lr=rate))) is not None
-            }
+            tried = losses_by_rate(method, self.base, self.find)
             if not tried:
                 continue
             best = min(tried, key=tried.__getitem__)
@@ -189,32 +185,31 @@ class Report:
 
     def alpha(self) -> str:
         """The router's weights over training, of each method that has a router, on every task it was trained on."""
-        rows = []
+        curves: list[tuple[list[str], dict[str, dict[str, float]]]] = []
         for method in METHODS:
-            rate = self._best_tried(method)
+            losses = losses_by_rate(method, self.base, self.find)
+            if METHODS[method].adapter.get("router", "static") == "static" or not losses:
+                continue
+            rate = min(losses, key=losses.__getitem__)
             for task in TASKS:
-                experiment = replace(self.base, method=method, task=task, lr=rate or 0.0)
-                result = (self.find(experiment) or self.find(experiment, "quality")) if rate else None
-                curve = result["metrics"]["alpha"] if result else {}
-                if not curve or experiment.adapter["router"] == "static":
-                    continue
-                steps = sorted(curve, key=int)
-                for part in curve[steps[0]]:
+                experiment = replace(self.base, method=method, task=task, lr=rate)
+                result = self.find(experiment) or self.find(experiment, "quality")
+                alpha = result["metrics"]["alpha"] if result else {}
+                for part in TASKS[task] if alpha else ():
                     trained = task if part == task else f"{task}: {part}"
-                    cells = ["{mean:.3f}; {spread:.3f}; {clusters:.3f}".format(**curve[step][part]) for step in steps]
-                    rows.append([method, f"{rate:g}", trained, *cells, f"{curve[steps[-1]][part]['largest']:.3g}"])
-        if not rows:
+                    curve = {step: found[part] for step, found in alpha.items()}
+                    curves.append(([method, f"{rate:g}", trained], curve))
+        if not curves:
             return ""
+        steps = sorted({step for _, curve in curves for step in curve}, key=int)
+        rows = []
+        for row, curve in curves:
+            for step in steps:  # a run that diverged ends early
+                row.append("{mean:.3f}; {spread:.3f}; {clusters:.3f}".format(**curve[step]) if step in curve else "")
+            rows.append([*row, f"{curve[max(curve, key=int)]['largest']:.3g}"])
         head = ["method", "lr", "task", *(f"step {step}" for step in steps), "largest at the end"]
-        note = (
-            f"Seed {SEEDS[0]}, at the best rate so far: mean; spread over tokens; spread over clusters. Medians over "
-        )
-        return f"## The router's weights over training\n\n{note}layers.\n\n" + table(head, rows)
-
-    def _best_tried(self, method: str) -> float | None:
-        tried = {rate: self.find(replace(self.base, method=method, lr=rate)) for rate in LADDER}
-        losses = {rate: loss_after(result) for rate, result in tried.items() if result is not None}
-        return min(losses, key=losses.__getitem__) if losses else None
+        note = f"Seed {SEEDS[0]}, at the best rate so far. Mean; spread over tokens; spread over clusters: medians over"
+        return f"## The router's weights over training\n\n{note} layers.\n\n" + table(head, rows)
 
     def cost(self) -> str:
         """What ``cost.py`` has measured, if it was of this model."""
@@ -248,7 +243,7 @@ class Report:
         """What a run took, medians over all runs of a method: beside others on the machine, so only for orientation."""
         rows = []
         for method in METHODS:
-            runs = [r for r in self.found if r["variant"] == method and r["train"]["loss"]]
+            runs = [r for r in self.found.values() if r["variant"] == method and r["train"]["loss"]]
             if not runs:
                 continue
             median = [
@@ -262,7 +257,7 @@ class Report:
                 )
             ]
             parameters = f"{runs[0]['metrics']['trainable_parameters']:,}"
-            rows.append([method, parameters, *(f"{value:.3g}" for value in median), str(len({r["key"] for r in runs}))])
+            rows.append([method, parameters, *(f"{value:.3g}" for value in median), str(len(runs))])
         measured = ["file, MB", "first gradient norm", "CPU s a step", "adapting, CPU s", "peak GiB"]
         head = ["method", "parameters", *measured, "runs"]
         note = "Not a benchmark of speed: runs shared the machine. Adapting is nearly all row choice in ID-LoRA."

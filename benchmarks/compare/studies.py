@@ -112,10 +112,15 @@ def _further(base: Experiment, find: Find) -> Iterable[Experiment]:
         rates.append(wanted[0])
 
 
-def best_rate(method: str, base: Experiment, find: Find) -> float | None:
-    """The best of the rates that ``lr`` has tried so far, on its task and seed; None before any is there."""
+def losses_by_rate(method: str, base: Experiment, find: Find) -> dict[float, float]:
+    """Losses at the rates that ``lr`` has tried so far, on its task and seed."""
     tried = {rate: find(replace(base, method=method, task=LR_TASK, seed=SEEDS[0], lr=rate)) for rate in LADDER}
-    losses = {rate: loss_after(result) for rate, result in tried.items() if result is not None}
+    return {rate: loss_after(result) for rate, result in tried.items() if result is not None}
+
+
+def best_rate(method: str, base: Experiment, find: Find) -> float | None:
+    """The best of the rates that ``lr`` has tried; None before those it begins with are there."""
+    losses = losses_by_rate(method, base, find)
     return min(losses, key=losses.__getitem__) if set(METHODS[method].rates) <= set(losses) else None
 
 
