@@ -97,9 +97,11 @@ def model_path(model: str) -> Path:
 
 @cache
 def model_digest(path: Path) -> str:
-    """A hash of the weights and the architecture."""
-    sha = hashlib.sha256()
-    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+    """A hash of the weights and the architecture, whichever transformers wrote them down."""
+    architecture = json.loads((path / "config.json").read_text())
+    architecture.pop("transformers_version", None)
+    sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):
                 sha.update(block)
