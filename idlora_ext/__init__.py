@@ -10,6 +10,7 @@ from . import tested_versions  # first: under another PEFT what follows may not 
 
 # isort: split
 from . import integration, native, ops, profiling
+from .centering import calibrate
 from .checkpoint import load, save
 from .config import IdLoraConfig
 from .layer_summary import Summary, summary
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "adapter_names",
     "apply",
+    "calibrate",
     "load",
     "native",
     "ops",

@@ -2,7 +2,7 @@
 
 A directory under PEFT's file names: ``adapter_config.json`` and ``adapter_model.safetensors``, which holds, for each
 adapted layer, ``idlora_index``, ``idlora_router``, ``idlora_B``, ``idlora_fingerprint`` and, with ``row_scale``,
-``idlora_row_scale``. Loading never clusters.
+``idlora_row_scale``, with ``center``, ``idlora_mean``. Loading never clusters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .fingerprint import difference
 from .integration import AuxiliaryTrainingWrapper
 from .layer import IdLoraLayer
 
-TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint", "idlora_row_scale")
+TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint", "idlora_row_scale", "idlora_mean")
 PREFIX = "base_model.model."
 
 
@@ -98,6 +98,8 @@ def verify(model: nn.Module, config: IdLoraConfig, adapter_name: str, tensors: d
                 old = parameters[adapter_name]
                 parameters[adapter_name] = nn.Parameter(old.data.to(stored.dtype), requires_grad=old.requires_grad)
         layer.pending.discard(adapter_name)
+        if adapter_name in layer.centered:
+            layer.centered[adapter_name] = False  # of one that was saved before its first step the mean is to be taken
 
 
 def _verify_layer(name: str, layer: IdLoraLayer, adapter_name: str, tensors: dict[str, Tensor]) -> None:
@@ -118,6 +120,8 @@ def _verify_layer(name: str, layer: IdLoraLayer, adapter_name: str, tensors: dic
     scale = tensors.get("idlora_row_scale")
     if scale is not None and not (scale.isfinite() & (scale >= 0)).all():
         raise ValueError(f"{name}.idlora_row_scale: entries must be finite and not negative")
+    if "idlora_mean" in tensors and not tensors["idlora_mean"].isfinite().all():
+        raise ValueError(f"{name}.idlora_mean: entries must be finite")
 
 
 def _belongs_to_saved_module(model: nn.Module, name: str) -> bool:

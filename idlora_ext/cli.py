@@ -253,11 +253,16 @@ def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--row-scale", action=argparse.BooleanOptionalAction, help="give all chosen rows one norm (default: no)"
     )
+    group.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        help="take out of the products with the rows what all tokens share (default: no)",
+    )
 
 
 def _adapter_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given; the others keep IdLoraConfig's defaults."""
-    names = [*(name for name, _, _ in ADAPTER_OPTIONS), "shared_router", "row_scale"]
+    names = [*(name for name, _, _ in ADAPTER_OPTIONS), "shared_router", "row_scale", "center"]
     fields = {name: getattr(args, name) for name in names}
     fields = {name: value for name, value in fields.items() if value is not None}
     for name in ("target_modules", "exclude_modules"):

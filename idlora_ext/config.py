@@ -17,7 +17,7 @@ Preset = Literal["paper"]
 
 # What a preset stands for: the method, which an argument may not contradict, and sizes, which one may replace.
 _METHODS: dict[str, dict[str, Any]] = {
-    "paper": {"router": "linear", "shared_router": True, "selection": "nearest", "row_scale": False},
+    "paper": {"router": "linear", "shared_router": True, "selection": "nearest", "row_scale": False, "center": False},
 }
 _SIZES: dict[str, dict[str, Any]] = {"paper": {"r": 128, "num_clusters": 4, "rank_boost": 2, "scaling": 1.0}}
 
@@ -49,6 +49,9 @@ class IdLoraConfig(PeftConfig):
         row_scale: ``x_ij = c_ij W[index_ij] h``, ``c_ij`` the median norm of the rows of ``W`` over that of this row:
             rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
             saved with the adapter.
+        center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
+            is taken out of the products. ``m`` is taken from the first forward pass in training mode, or by
+            :func:`idlora_ext.calibrate`, and saved with the adapter.
         dropout: probability of zeroing entries of ``z`` while training.
         seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
             layer derives its own from its name.
@@ -69,8 +72,9 @@ class IdLoraConfig(PeftConfig):
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
             ``"warn"``. An attribute to set, not an argument, and never in a file: only who loads may relax it.
         preset: ``"paper"``: the paper's own setting, whatever the defaults are: ``router="linear"``,
-            ``shared_router=True``, ``selection="nearest"``, ``row_scale=False``, and unless they are given ``r=128``,
-            ``num_clusters=4``, ``rank_boost=2``, ``scaling=1.0``. An argument only; the file has what it stands for.
+            ``shared_router=True``, ``selection="nearest"``, ``row_scale=False``, ``center=False``, and unless they are
+            given ``r=128``, ``num_clusters=4``, ``rank_boost=2``, ``scaling=1.0``. An argument only; the file has what
+            it stands for.
 
     Raises:
         ValueError, TypeError: on a value out of its range, or one that contradicts the preset, naming the field.
@@ -84,6 +88,7 @@ class IdLoraConfig(PeftConfig):
     shared_router: bool = field(default=True, metadata={"help": "One router vector for all clusters."})
     selection: Selection = field(default="nearest", metadata={"help": "How rows are chosen."})
     row_scale: bool = field(default=False, metadata={"help": "Give all chosen rows one norm."})
+    center: bool = field(default=False, metadata={"help": "Take out of x what all tokens share."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on z."})
     seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})
     rank_fit: RankFit = field(default="shrink", metadata={"help": "What to do with layers narrower than k * r."})
@@ -142,7 +147,7 @@ class IdLoraConfig(PeftConfig):
             ("rank_fit", RankFit),
         ):
             self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
-        for name in ("shared_router", "row_scale"):
+        for name in ("shared_router", "row_scale", "center"):
             self._require(name, "True or False", isinstance(getattr(self, name), bool))
         for name in ("rank_pattern", "clusters_pattern"):
             if not isinstance(getattr(self, name), dict):

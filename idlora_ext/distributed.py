@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .base_weight import stored
+from .fakes import accumulate
 
 if TYPE_CHECKING:
     from .layer import IdLoraLayer
@@ -158,6 +159,8 @@ def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Cho
     everyone = exchange((chosen, error and str(error)))
     _raise_first(everyone, error)
     if not shared:
+        for _, layer in layers:
+            layer.on_this_rank_only = True
         return
     received = {name: tensors for others, _ in everyone for name, tensors in others.items()}
     for name, layer in layers:
@@ -193,6 +196,8 @@ def _receive(
     layer.idlora_fingerprint[adapter] = fingerprint.to(device)
     for row_scale in scale:
         layer.idlora_row_scale[adapter] = row_scale.to(device)
+    if adapter in layer.idlora_mean:
+        layer.idlora_mean[adapter] = torch.zeros_like(layer.idlora_mean[adapter], device=device)
     if layer.idlora_B[adapter].is_meta:
         B = torch.zeros(layer.idlora_B[adapter].shape, dtype=layer.idlora_B[adapter].dtype)
         layer.idlora_B[adapter] = nn.Parameter(B, requires_grad=layer.idlora_B[adapter].requires_grad)
@@ -247,6 +252,17 @@ class Columns:
                 added = None if bias is None else bias[here]
                 pieces.append(ops.shared_gemm(y0[..., here], z_j.contiguous(), piece, added, scaling))
         return torch.cat(pieces, -1)
+
+
+def mean_over_tokens(y0: Tensor, columns: Columns | None, d: int) -> Tensor:
+    """``1/N sum_n y0_n [d]`` over the tokens of all ranks, each of which must call this."""
+    first, last = (0, d) if columns is None else (columns.first, columns.last)
+    sums = torch.zeros(2, d, dtype=accumulate(y0.dtype), device=y0.device)  # of y0, and of tokens
+    sums[0, first:last] = y0.flatten(0, -2).sum(0, dtype=sums.dtype)
+    sums[1, first:last] = y0.numel() // y0.shape[-1]
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return sums[0] / sums[1]
 
 
 class _Sum(torch.autograd.Function):

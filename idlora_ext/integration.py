@@ -194,7 +194,7 @@ def teach_accelerate() -> None:
             f"{name}.{kind}": getattr(module, kind)
             for name, module in model.named_modules()
             if isinstance(module, IdLoraLayer)
-            for kind in ("idlora_index", "idlora_fingerprint", "idlora_row_scale")
+            for kind in ("idlora_index", "idlora_fingerprint", "idlora_row_scale", "idlora_mean")
         }
         for holder in holders.values():
             holder._non_persistent_buffers_set.update(holder.keys())

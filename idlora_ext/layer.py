@@ -17,6 +17,7 @@ from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtyp
 from .clustering import select_rows
 from .config import IdLoraConfig
 from .experts import ExpertLinear
+from .fakes import accumulate
 from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
 from .integration import BufferDict
@@ -46,6 +47,8 @@ class IdLoraLayer(MergeableLayer):
     static: ``a``, ``[1]`` or ``[k]``.
     ``idlora_B``: ``[d/s, r/s]``, starts at zero. ``idlora_fingerprint``: int32 buffer, what the base layer was.
     ``idlora_row_scale``: ``[k, r]`` float32 buffer, only of adapters with ``row_scale``.
+    ``idlora_mean``: ``m [d]`` float32 (float64 if ``W`` is) buffer, only of adapters with ``center``; zero until it has
+    been taken.
     ``name`` is the layer's in its model, for profilers.
     """
 
@@ -54,6 +57,8 @@ class IdLoraLayer(MergeableLayer):
         "idlora_index",
         "idlora_fingerprint",
         "idlora_row_scale",
+        "idlora_mean",
+        "centered",
         "bounded",
         "scaling",
         "configured_scaling",
@@ -62,6 +67,7 @@ class IdLoraLayer(MergeableLayer):
     )
 
     name = "?"  # until the tuner gives it one
+    on_this_rank_only = False  # the ranks hold different layers (pipeline stages)
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
     mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
@@ -73,6 +79,8 @@ class IdLoraLayer(MergeableLayer):
         self.idlora_B = nn.ParameterDict()
         self.idlora_fingerprint = BufferDict(persistent=True)
         self.idlora_row_scale = BufferDict(persistent=True)
+        self.idlora_mean = BufferDict(persistent=True)
+        self.centered: dict[str, bool] = {}  # of those that have one, whether the mean is known to have been taken
         self.bounded: dict[str, bool] = {}  # whether the router is; the shapes tell the others apart
         self.scaling: dict[str, float] = {}
         self.configured_scaling: dict[str, float] = {}  # what set_scale multiplies and unscale_layer returns to
@@ -113,6 +121,9 @@ class IdLoraLayer(MergeableLayer):
             self._take_fingerprint(adapter_name, self.get_base_weight())
         if config.row_scale:
             self.idlora_row_scale[adapter_name] = torch.ones(k, r, device=device)
+        if config.center:
+            self.idlora_mean[adapter_name] = torch.zeros(d, device=device, dtype=accumulate(dtype))
+            self.centered[adapter_name] = False
         self.bounded[adapter_name] = config.router == "bounded"
         rows = 1 if config.shared_router else k
         router = torch.ones(rows) if config.router == "static" else torch.zeros(rows, r)
@@ -153,8 +164,9 @@ class IdLoraLayer(MergeableLayer):
     def alpha(self, h: Tensor, adapter_name: str = "default") -> Tensor:
         """The router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
 
-        ``a_i = <T_i, x_i>`` with ``x_i = A_i h`` (rows scaled if ``row_scale``); a bounded router's are those of
-        :func:`idlora_ext.bounded_router.weights`, and a static router's do not depend on ``h``.
+        ``a_i = <T_i, x_i>`` with ``x_i = A_i h`` (rows scaled if ``row_scale``, less its mean if ``center``); a
+        bounded router's are those of :func:`idlora_ext.bounded_router.weights`, and a static router's do not depend on
+        ``h``.
         """
         if self.is_static(adapter_name):
             k = len(self.idlora_index[adapter_name])
@@ -168,16 +180,35 @@ class IdLoraLayer(MergeableLayer):
         """``y0``, the layer's bias, and whether ``y0`` contains it.
 
         A plain linear layer is called without its bias, which the epilogue then adds: subtracting it again from a
-        low-precision output would lose digits. Any other layer adds its bias itself.
+        low-precision output would lose digits. Any other layer adds its bias itself, and so does one with an adapter
+        that is centred, by a mean which contains the bias.
         """
         layer: Any = self._modules["base_layer"]
-        if args or kwargs or not is_plain(layer):
+        if args or kwargs or self.centered or not is_plain(layer):
             bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
             y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
         bias, weight = layer.bias, layer.weight
         y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight)
         return y0, None if bias is None else _beside(distributed.local(bias), y0), False
+
+    @torch.no_grad()
+    def _take_mean(self, adapters: Iterable[str], y0: Tensor) -> None:
+        """Take ``m`` from the first batch of training, while ``B`` is zero: what the layer returns does not change."""
+        for adapter in adapters:
+            if self.centered.get(adapter, True) or not y0.numel():
+                continue
+            self.centered[adapter] = bool(self.idlora_mean[adapter].any() or self.idlora_B[adapter].any())
+            if self.centered[adapter]:  # from a file, however it was loaded
+                continue
+            if distributed.world_size() > 1 and (self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)):
+                raise ValueError(
+                    f"layer {self.name!r}: adapter {adapter!r} is to be centred by the mean over the first batch, but "
+                    "not all ranks call this layer, and they would wait for one another. Call "
+                    "idlora_ext.calibrate(model, batches) on every rank before training, or use center=False."
+                )
+            self.idlora_mean[adapter].copy_(distributed.mean_over_tokens(y0, self._columns(y0), self.out_features))
+            self.centered[adapter] = True
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""
@@ -197,8 +228,10 @@ class IdLoraLayer(MergeableLayer):
         return distributed.Columns(self.get_base_layer().weight)
 
     def _gather(self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None) -> Tensor:
-        """``x [..., k, r]``, ``x_ij = c_ij (y0 - bias)[index_ij]``, in the dtype of ``y0``."""
-        index = self.idlora_index[adapter]
+        """``x [..., k, r]``, ``x_ij = c_ij (y0 - bias)[index_ij]``, in the dtype of ``y0``; centred ``m``, not bias."""
+        index, mean = self.idlora_index[adapter], _beside(self._held("idlora_mean").get(adapter), y0)
+        if mean is not None:
+            bias = mean if columns is None else mean[columns.first : columns.last]
         x = ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
         return (x * self.idlora_row_scale[adapter]).to(x.dtype) if adapter in self.idlora_row_scale else x
 
@@ -243,6 +276,7 @@ class Linear(nn.Module, IdLoraLayer):
     ) -> None:
         nn.Module.__init__(self)
         IdLoraLayer.__init__(self, base_layer, quantization)
+        self.training = base_layer.training  # a model that is being evaluated goes on to be
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, num_clusters, wanted_rank)
 
@@ -258,12 +292,16 @@ class Linear(nn.Module, IdLoraLayer):
         if self.pending:
             self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
+        if self.training and not all(self.centered.values()):
+            self._take_mean(adapters, y0)
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         with profiling.layer(self.name):
             if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
                 index, router, B = self._tensors(adapters[0], y0.dtype)
+                if (mean := _beside(self._held("idlora_mean").get(adapters[0]), y0)) is not None:
+                    bias, bias_in_y0 = mean, True
                 return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
             return self._by_operator(adapters, y0, bias, bias_in_y0)
 
@@ -296,8 +334,8 @@ class Linear(nn.Module, IdLoraLayer):
 
 
 def _beside(bias: Tensor | None, y0: Tensor) -> Tensor | None:
-    """The bias in a dtype that the operators take beside ``y0``: its own, or float32."""
-    return bias if bias is None or bias.dtype in (y0.dtype, torch.float32) else bias.to(y0.dtype)
+    """The bias in a dtype that the operators take beside ``y0``: its own, or the one they add up in."""
+    return bias if bias is None or bias.dtype in (y0.dtype, accumulate(y0.dtype)) else bias.to(y0.dtype)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -22,6 +22,8 @@ from .layer import IdLoraLayer
 def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write ``lora_A = sum_i a_i A_i [r, d_in]`` and ``lora_B = scaling * diag(B, .., B) [d, r]`` for PEFT.
 
+    Of a centred adapter also ``lora_B.bias = lora_B c``, ``c = sum_i a_i (b - m)[index_i]`` (PEFT's ``lora_bias``).
+
     The update of arXiv 2602.20727, eq. 4, is a LoRA of rank ``r`` if ``a_i`` are constants (``A_i = W[index_i]``, its
     rows scaled if ``row_scale``). The directory holds
     ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in float32 (float64 if ``W`` is),
@@ -54,9 +56,12 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
                              "export it from a model that is loaded whole in one process")  # fmt: skip
     tensors = {key: tensor for key, tensor in others.items() if key.rpartition(".")[2] not in TENSORS}
     for name, layer in layers.items():
-        A, B = layer.lora_factors(adapter_name)
+        A, B, c = layer.lora_factors(adapter_name)
+        lora_B = torch.block_diag(*[B] * (len(A) // B.shape[1]))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.cpu()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.block_diag(*[B] * (len(A) // B.shape[1])).cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.cpu()
+        if c is not None:
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = (lora_B @ c).cpu()
     write(directory, _lora_config(config, base, layers, adapter_name), tensors)
 
 
@@ -72,6 +77,7 @@ def _lora_config(
         lora_alpha=r,  # PEFT's scaling is lora_alpha / r: ours is in lora_B
         rank_pattern=others,
         alpha_pattern=dict(others),
+        lora_bias=config.center,
         target_modules=_targets(base, set(layers)),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         modules_to_save=config.modules_to_save,

@@ -4,10 +4,14 @@ With constants ``a_i`` the update of arXiv 2602.20727, eq. 4, is a matrix of ran
 it. The rows of ``A_i = W[index_i]`` (with ``row_scale`` ``diag(c_i) W[index_i]``) are always those of the original
 ``W``, which each merged layer keeps: a second adapter, an adapter that is added or saved meanwhile, and
 :func:`idlora_ext.to_lora` all read it and never the merged weight.
+
+A centred adapter (``x_i = (W h + b - m)[index_i]``) also changes the bias, ``b' = b + scaling * diag(B, .., B) c`` with
+``c = sum_i a_i (b - m)[index_i]``: a layer without one gets one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .base_weight import base_weight, is_quantised, stored
+from .experts import ExpertLinear
 from .fakes import accumulate
 from .integration import BaseTunerLayer, check_adapters_to_merge
 
@@ -33,13 +38,15 @@ class MergeableLayer(BaseTunerLayer):
 
     ``unmerged_weight [d, d_in]`` is a copy of ``W``, held while adapters are merged: it costs the memory of ``W`` once
     more, and buys that unmerging restores ``W`` bit for bit and that several adapters are rounded once together.
-    ``merge_and_unload`` holds it for one layer at a time.
+    ``merge_and_unload`` holds it for one layer at a time. ``unmerged_bias [d]`` is the bias then, or None.
     """
 
     name: str
     unmerged_weight: Tensor | None = None
+    unmerged_bias: Tensor | None = None
     idlora_index: Any
     idlora_row_scale: Any
+    idlora_mean: Any
     idlora_router: Any
     idlora_B: Any
     scaling: dict[str, float]
@@ -50,8 +57,9 @@ class MergeableLayer(BaseTunerLayer):
         return self.idlora_router[adapter_name].ndim == 1
 
     @torch.no_grad()
-    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """``A = sum_i a_i A_i [r, d_in]`` and ``scaling * B [d/s, r/s]``, float32 (float64 if ``W`` is).
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``A = sum_i a_i A_i [r, d_in]``, ``scaling * B [d/s, r/s]`` and, of a centred adapter, the ``c [r]`` of
+        ``z = A h + c``, else None; float32 (float64 if ``W`` is).
 
         Raises:
             ValueError: the router is not static.
@@ -66,27 +74,41 @@ class MergeableLayer(BaseTunerLayer):
         A = torch.zeros(index.shape[1], W.shape[1], dtype=dtype, device=W.device)
         for a_i, rows in zip(a, index, strict=True):
             A.addcmul_(W[rows].to(dtype), a_i.unsqueeze(-1))
-        return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype)
+        c = None
+        if adapter_name in self.idlora_mean:
+            offset, b = -self.idlora_mean[adapter_name].to(dtype), self.get_base_bias()
+            c = (a * (offset if b is None else offset + b.to(dtype))[index]).sum(0)
+        return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype), c
+
+    def get_base_bias(self) -> Tensor | None:
+        """``b [d]`` or None, without what is merged into it."""
+        bias = self.get_base_layer().bias if self.unmerged_weight is None else self.unmerged_bias
+        return bias if bias is None else bias.detach()
 
     @torch.no_grad()
-    def update_matrix(self, adapter_name: str) -> Tensor:
-        """``scaling * diag(B, .., B) A [d, d_in]``, float32 (float64 if ``W`` is)."""
-        A, B = self.lora_factors(adapter_name)
-        return (B @ A.unflatten(0, (-1, B.shape[1]))).flatten(0, 1)
+    def update(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+        """``scaling * diag(B, .., B)`` times ``A``, and times ``c``: what is added to ``W [d, d_in]`` and ``b [d]``."""
+        A, B, c = self.lora_factors(adapter_name)
+
+        def boosted(z: Tensor) -> Tensor:
+            return (B @ z.unflatten(0, (-1, B.shape[1]))).flatten(0, 1)
+
+        return boosted(A), None if c is None else boosted(c.unsqueeze(1)).squeeze(1)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """:meth:`update_matrix` as the base layer stores its weight, ``[d_in, d]`` of a ``Conv1D``.
+        """What is added to the weight as the base layer stores it, ``[d_in, d]`` of a ``Conv1D``.
 
         PEFT's ``convert_to_lora`` asks.
         """
-        update = self.update_matrix(adapter_name)
+        update, _ = self.update(adapter_name)
         return update.t() if isinstance(self.get_base_layer(), Conv1D) else update
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return adapter_name in self.idlora_B and self.is_static(adapter_name)
+        # PEFT converts a matrix alone, and a centred adapter also adds a constant; to_lora writes both.
+        return adapter_name in self.idlora_B and self.is_static(adapter_name) and adapter_name not in self.idlora_mean
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to ``W``, in place; ``forward`` is then the base layer alone.
+        """Add adapters to ``W`` (and ``b``), in place; ``forward`` is then the base layer alone.
 
         Args:
             safe_merge: refuse a result that is not finite, before anything changes.
@@ -100,17 +122,21 @@ class MergeableLayer(BaseTunerLayer):
         if not adapters:
             return
         refuse(self, adapters)
-        merged = merged_weight(self, adapters, safe_merge)
+        weight, bias = merged_tensors(self, adapters, safe_merge)
         if self.unmerged_weight is None:
+            before = self.get_base_bias()
             self.unmerged_weight = self.get_base_weight().clone()
-        _write(self, merged)
+            self.unmerged_bias = None if before is None else before.clone()
+        _write(self, weight, bias)
         self.merged_adapters += adapters
 
     def unmerge(self) -> None:
-        """Put the original ``W`` back, bit for bit."""
+        """Put the original ``W`` and ``b`` back, bit for bit."""
         if self.unmerged_weight is not None:
-            _write(self, self.unmerged_weight)
-        self.unmerged_weight = None
+            _write(self, self.unmerged_weight, self.unmerged_bias)
+            if self.unmerged_bias is None and self.get_base_layer().bias is not None:
+                self.get_base_layer().bias = None
+        self.unmerged_weight = self.unmerged_bias = None
         self.merged_adapters.clear()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -126,29 +152,38 @@ class MergeableLayer(BaseTunerLayer):
 
 
 @torch.no_grad()
-def merged_weight(layer: Any, adapters: Sequence[str], safe: bool) -> Tensor:
-    """``W`` with ``adapters`` and those it holds already, added up in float32 and rounded once to its dtype.
+def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
+    """``W`` with ``adapters`` and those it holds already, added up in float32 and rounded once to its dtype; and ``b``,
+    or None if none of them changes it.
 
     Raises:
         ValueError: ``safe``, and the result is not finite.
     """
-    W = layer.get_base_weight()
-    merged = W.to(accumulate(W.dtype), copy=True)
+    W, b = layer.get_base_weight(), layer.get_base_bias()
+    weight, bias, dtype = W.to(accumulate(W.dtype), copy=True), None, W.dtype if b is None else b.dtype
     for adapter in (*layer.merged_adapters, *adapters):
-        merged += layer.update_matrix(adapter)
-    merged = merged.to(W.dtype)
-    if safe and not merged.isfinite().all():
+        matrix, vector = layer.update(adapter)
+        weight += matrix
+        if vector is not None:
+            bias = vector + (bias if bias is not None else 0 if b is None else b)
+    weight, bias = weight.to(W.dtype), None if bias is None else bias.to(dtype)
+    if safe and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise ValueError(
             f"layer {layer.name!r}: NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
             f"broken, or {W.dtype} does not hold the sum. Nothing was merged."
         )
-    return merged
+    return weight, bias
 
 
 @torch.no_grad()
-def _write(layer: Any, weight: Tensor) -> None:
+def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     # Not `.data =`: the weight of an expert is a view, made anew at each access.
-    base_weight(layer.get_base_layer(), None).copy_(weight)
+    base = layer.get_base_layer()
+    base_weight(base, None).copy_(weight)
+    if bias is not None and base.bias is None:
+        base.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    elif bias is not None:
+        base.bias.copy_(bias)
 
 
 def _new(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
@@ -179,6 +214,8 @@ def refuse(layer: Any, adapters: Sequence[str]) -> None:
         reason = "W is on the meta device (offloaded, or not loaded): load the model without offloading"
     elif is_parametrized(base):
         reason = "W is computed from other parameters: remove the parametrisation first, or keep the adapter attached"
+    elif isinstance(base, ExpertLinear) and base.bias is None and any(a in layer.idlora_mean for a in adapters):
+        reason = "a centred adapter (center=True) changes the bias, and fused experts without one have no place for it"
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} cannot be merged: {reason}")
 
@@ -201,6 +238,7 @@ def check(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: boo
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     merging = [(layer, adapters) for layer in layers if (adapters := _new(layer, adapter_names))]
+    gaining = []
     for layer, adapters in merging:
         refuse(layer, adapters)
         if len(names := owners.get(id(layer.get_base_layer().weight), [])) > 1:
@@ -209,9 +247,20 @@ def check(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: boo
                 "would change it for all. Untie them (tie_word_embeddings=False), or leave the layer out with "
                 "exclude_modules."
             )
+        if layer.get_base_layer().bias is None and any(adapter in layer.idlora_mean for adapter in adapters):
+            gaining.append(layer.name)
+    if gaining:
+        from .refusals import brief  # which knows the layers
+
+        warnings.warn(
+            f"{len(gaining)} layers get a bias, which a centred adapter needs and they do not have: "
+            f"{', '.join(brief(gaining))}. A checkpoint of the merged model only loads with it where the architecture "
+            "has such biases (Llama: config.attention_bias and config.mlp_bias).",
+            stacklevel=3,
+        )
     if safe_merge:
         for layer, adapters in merging:
-            merged_weight(layer, adapters, safe=True)
+            merged_tensors(layer, adapters, safe=True)
 
 
 def mergeable(model: nn.Module) -> Iterator[Any]:

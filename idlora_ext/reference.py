@@ -20,6 +20,7 @@ def linear(
     scaling: float = 1.0,
     *,
     row_scale: Tensor | None = None,
+    mean: Tensor | None = None,
     bounded: bool = False,
 ) -> Tensor:
     """``y = h W^T + b + scaling * sum_i <T_i, A_i h> concat_j(B (A_i h)^(j))``.
@@ -27,15 +28,19 @@ def linear(
     Args:
         h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
         or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``; row_scale: ``c [k, r]``, then
-        ``A_i = diag(c_i) W[index_i]``; bounded: ``1 + tanh(4 <T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
+        ``A_i = diag(c_i) W[index_i]``; mean: ``m [d]``, then ``A_i h`` becomes ``diag(c_i) (W h + b - m)[index_i]``;
+        bounded: ``1 + tanh(4 <T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
 
     Returns:
         ``[..., d]``.
     """
     y = h @ W.T if b is None else h @ W.T + b
     for i, rows in enumerate(index.long()):
-        A_i = W[rows] if row_scale is None else torch.diag(row_scale[i].to(W.dtype)) @ W[rows]
-        y = y + scaling * _boosted(h @ A_i.T, router[min(i, router.shape[0] - 1)], B, bounded)
+        c_i = torch.eye(len(rows), dtype=W.dtype) if row_scale is None else torch.diag(row_scale[i].to(W.dtype))
+        x_i = h @ (c_i @ W[rows]).T
+        if mean is not None:
+            x_i = x_i + ((0 if b is None else b[rows]) - mean[rows].to(W.dtype)) @ c_i
+        y = y + scaling * _boosted(x_i, router[min(i, router.shape[0] - 1)], B, bounded)
     return y
 
 

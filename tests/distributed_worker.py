@@ -39,7 +39,10 @@ def batch(step, mine=True):
 
 
 def adapted(**fields):
-    return randomize_adapter(idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS | fields)).train()
+    model = idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS | fields)
+    if fields.get("center"):
+        idlora_ext.calibrate(model, [batch(7)], progress=False)  # each rank its share of the tokens
+    return randomize_adapter(model).train()
 
 
 def adapter_of(model):
@@ -126,11 +129,25 @@ def weights_on_rank_0_only(directory):
     return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS, row_scale=True))
 
 
-def ddp(directory):
-    model = adapted()
+def ddp(directory, **fields):
+    model = adapted(**fields)
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(model)
     return train(model)
+
+
+def first_batch(directory):
+    """Means that the first step of training takes, and what takes none."""
+    model = idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS, center=True).train()
+    model(**batch(0))
+    result = {"adapter": adapter_of(model)}
+    one = nn.Sequential(nn.Linear(16, 16 << rank_and_world()[0]))
+    one = idlora_ext.apply(one, progress=False, **FIELDS, center=True, target_modules=["0"]).train()
+    try:
+        one(torch.ones(2, 16))
+    except ValueError as error:
+        result["different layers"] = str(error)
+    return result
 
 
 def fsdp2(directory):
@@ -205,7 +222,10 @@ def tensor_parallel(directory, **fields):
         except ValueError as error:
             result["dropout"] = str(error)
         result["dropout unchanged"] = state_of(model) == before
-    randomize_adapter(idlora_ext.apply(model, progress=False, **FIELDS | fields))
+    idlora_ext.apply(model, progress=False, **FIELDS | fields)
+    if fields.get("center"):
+        model.train()(**batch(7, mine=False))
+    randomize_adapter(model)
     with torch.no_grad():
         result["logits"] = model.eval()(**batch(9, mine=False)).logits
         first = model.model.layers[0].self_attn.q_proj
@@ -355,6 +375,8 @@ SCENARIOS = {
     "different_layers": different_layers,
     "weights_on_rank_0_only": weights_on_rank_0_only,
     "ddp": ddp,
+    "ddp_centred": lambda directory: ddp(directory, router="static", center=True),
+    "ddp_first_batch": first_batch,
     "fsdp2": fsdp2,
     "tensor_parallel": tensor_parallel,
     "tensor_parallel_static": lambda directory: tensor_parallel(directory, router="static", shared_router=False),
@@ -362,12 +384,13 @@ SCENARIOS = {
     "tensor_parallel_bounded": lambda directory: tensor_parallel(
         directory, router="bounded", row_scale=True, selection="pivoted_qr"
     ),
+    "tensor_parallel_centred": lambda directory: tensor_parallel(directory, router="static", center=True),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
     "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
     "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
     "trainer_fsdp2_peft": lambda directory: trainer(directory, "peft", {}),
     "trainer_fsdp2_efficient": lambda directory: trainer(
-        directory, "peft", {"cpu_ram_efficient_loading": True}, row_scale=True
+        directory, "peft", {"cpu_ram_efficient_loading": True}, row_scale=True, center=True
     ),
 }
 

@@ -88,7 +88,7 @@ def test_ranks_without_weights_receive_the_rows(records):
         assert_equal(record, one)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp_centred", "fsdp2"])
 def test_training_on_two_ranks_is_training_on_one(records, kind):
     one, *two = records(kind)
     for record in two:
@@ -96,6 +96,18 @@ def test_training_on_two_ranks_is_training_on_one(records, kind):
         assert_same(record["gradients"], one["gradients"], rtol=0, atol=1e-5)  # the loss is computed in float32
         assert_same(record["adapter"], one["adapter"], rtol=0, atol=1e-6)
         assert_equal(record["adapter"], two[0]["adapter"])
+
+
+def test_the_mean_is_over_the_tokens_of_all_ranks(records):
+    one, *two = records("ddp_first_batch")
+    means = {name: tensor for name, tensor in one["adapter"].items() if "idlora_mean" in name}
+    assert len(means) == 14
+    assert all(mean.any() for mean in means.values())
+    for record in two:
+        for name, mean in means.items():
+            torch.testing.assert_close(record["adapter"][name], mean, rtol=0, atol=1e-12)
+        assert "not all ranks call this layer" in record["different layers"]
+    assert "different layers" not in one
 
 
 def test_fsdp2_saves_whole_tensors_and_loads_into_the_sharded_model(records):
@@ -125,7 +137,9 @@ def test_trainer_on_two_ranks(records, name):
     assert not torch.equal(one["logits"], logits(tiny_llama()))
 
 
-@pytest.mark.parametrize("name", [f"tensor_parallel{variant}" for variant in ("", "_routers", "_static", "_bounded")])
+@pytest.mark.parametrize(
+    "name", [f"tensor_parallel{variant}" for variant in ("", "_routers", "_static", "_bounded", "_centred")]
+)
 def test_tensor_parallel_is_exact(records, name):
     one, *two = records(name)
     for record in two:

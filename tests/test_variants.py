@@ -39,6 +39,9 @@ VARIANTS = {
     "linear, scaled rows": {"router": "linear", "row_scale": True, "shared_router": False},
     "static, scaled rows": {"router": "static", "row_scale": True},
     "static, a constant a cluster, scaled rows": {"router": "static", "row_scale": True, "shared_router": False},
+    "linear, centred": {"router": "linear", "center": True},
+    "static, centred": {"router": "static", "center": True},
+    "bounded, scaled rows, centred": {"router": "bounded", "row_scale": True, "center": True},
 }
 FILE = "adapter_model.safetensors"
 
@@ -49,12 +52,16 @@ def variant(request):
 
 
 def trained(model, adapter_name="default"):
-    """Values for B and for the router, as training would give them."""
+    """Values for B, for the router and for a mean, as training would give them."""
     randomize_adapter(model, adapter_name, std=0.2)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith(f"idlora_router.{adapter_name}"):
             parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for module in model.modules():
+        if adapter_name in getattr(module, "centered", {}):
+            module.idlora_mean[adapter_name].normal_(generator=generator)
+            module.centered[adapter_name] = True
     return model
 
 
@@ -71,7 +78,8 @@ def stretched(model, seed=0):
 
 def options(layer, adapter="default"):
     """What the reference takes beside index, router and B."""
-    return {"row_scale": dict(layer.idlora_row_scale.items()).get(adapter), "bounded": layer.bounded[adapter]}
+    buffers = {name: dict(getattr(layer, f"idlora_{name}").items()).get(adapter) for name in ("row_scale", "mean")}
+    return buffers | {"bounded": layer.bounded[adapter]}
 
 
 def seed_of(layer):
@@ -91,9 +99,11 @@ def test_layers_follow_the_equation(kind, variant):
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(layer(h), expected(layer, h), rtol=1e-9, atol=1e-9, msg=name)
         index, router, _ = layer._tensors("default", h.dtype)
-        W, c = layer.get_base_weight(), options(layer)["row_scale"]
+        c, mean = options(layer)["row_scale"], options(layer)["mean"]
+        y0 = layer.base_layer(h)
+        offset = mean if mean is not None else 0 * y0[0, 0] if layer.bias is None else layer.bias
         for i, rows in enumerate(index.long()):
-            x_i = h @ W[rows].T * (1 if c is None else c[i])
+            x_i = (y0 - offset)[..., rows] * (1 if c is None else c[i])
             a_i = reference.alpha(x_i, router[min(i, len(router) - 1)], layer.bounded["default"])
             a_i = a_i.squeeze(-1).expand(3, 5).float()
             torch.testing.assert_close(layer.alpha(h)[..., i], a_i, rtol=1e-4, atol=1e-4)
@@ -149,10 +159,11 @@ def test_a_bounded_router_starts_at_one_and_goes_by_direction():
 def test_training_moves_what_is_trained(variant):
     model = idlora_ext.apply(tiny_llama(), **FIELDS | variant, dropout=0.1).train()
     before = copy.deepcopy(model.state_dict())
-    losses = training_losses(model)
+    losses = training_losses(model) + training_losses(model)
     assert losses[-1] < losses[0] - 0.1
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {name for name in before if ".idlora_router." in name or ".idlora_B." in name}
+    kinds = (".idlora_router.", ".idlora_B.", ".idlora_mean.")  # a mean is taken once
+    assert moved == {name for name in before if any(kind in name for kind in kinds)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -173,6 +184,7 @@ def test_low_precision_and_autocast(variant, dtype):
 def test_compiles_to_one_graph(variant):
     layer = next(iter(layers_of(trained(idlora_ext.apply(tiny_llama(), **FIELDS | variant))).values()))
     h = torch.randn(4, layer.in_features)
+    torch.compiler.reset()  # each variant is a graph of its own
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(h), layer(h))
 

@@ -45,7 +45,7 @@ def _lora(r: int, kind: str = "LoraConfig", alpha: int | None = None, **fields: 
 def _idlora(r: int, **fields: Any) -> Adapter:
     """ID-LoRA with the paper's settings but for the rank, and but for ``fields``."""
     paper = {"num_clusters": 4, "rank_boost": 2, "scaling": 1.0, "router": "linear", "shared_router": True}
-    return {"kind": "IdLoraConfig", "r": r, **paper, "selection": "nearest", **fields}
+    return {"kind": "IdLoraConfig", "r": r, **paper, "selection": "nearest", "center": False, **fields}
 
 
 METHODS: dict[str, Method] = {
@@ -54,9 +54,11 @@ METHODS: dict[str, Method] = {
     "miss-r8": Method({"kind": "MissConfig", "r": 8}),
     "idlora-r32": Method(_idlora(32)),
     "idlora-r32-static": Method(_idlora(32, router="static")),
+    "idlora-r32-centered": Method(_idlora(32, router="static", center=True)),
     "lora-fa-r8": Method(_lora(8, kind="LoRA-FA")),
     "idlora-r128": Method(_idlora(128)),
     "idlora-r128-static": Method(_idlora(128, router="static")),
+    "idlora-r128-centered": Method(_idlora(128, router="static", center=True), centre=3e-4),
     "miss-r32": Method({"kind": "MissConfig", "r": 32}),
     "lora-r32": Method(_lora(32)),
     "hydralora-r4": Method({"kind": "HydraLoRA", "r": 4, "experts": 3, "alpha": 8}),

@@ -15,7 +15,8 @@ from .methods import LADDER, METHODS
 SEEDS = (0, 1, 2)
 LR_TASK = "math"
 TELLING = (
-    "lora-r8", "miss-r8", "idlora-r32", "idlora-r32-static", "lora-fa-r8", "idlora-r128", "miss-r32", "hydralora-r4",
+    "lora-r8", "miss-r8", "idlora-r32-centered", "idlora-r32",
+    "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
 )  # fmt: skip
 # What is named twice, as "idlora-r32" with r=32, is one experiment.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {

@@ -1,0 +1,97 @@
+"""``center``: the products with the chosen rows, less what they are on average over tokens.
+
+``x_i = (y0 - m)[index_i]``, ``m [d]`` the mean of the base output ``y0`` over the tokens of a calibration. The hidden
+states of language models have a large part that all tokens share, and in some layers nearly all of ``x`` is the product
+with it: there the update is first of all a constant added to ``y``, and a rate small enough for that one direction is
+too small for those that tell tokens apart. Centred products have only these. ``m`` is fixed, so nothing is added to
+what is trained, and gathering already subtracts a vector where a layer's bias is in ``y0``: it costs nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import distributed
+from .fakes import accumulate
+from .layer import IdLoraLayer
+from .refusals import brief
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default", *, progress: bool = True
+) -> None:
+    """``m = 1/N sum_n y0_n`` for each layer of an adapter with ``center=True``, over the tokens of ``batches``.
+
+    Without this call, ``m`` is taken from the first forward pass in training mode. Call it where that batch is not
+    representative, and before training in several processes, whose batches differ: every rank calls it, with the
+    same batches or its own, and all get the mean over all of them.
+
+    Args:
+        model: with an adapter that is not trained yet, on the device it is to run on.
+        batches: arguments of ``model(**batch)``; some thousand tokens in all are plenty. Tokens that an
+            ``attention_mask [batch, length]`` masks do not count, in layers that see ``[batch, length, ...]``.
+        adapter_name: the adapter's.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the model has no such adapter, the adapter has no ``center=True`` or is trained already (another
+            ``m`` would change what it computes), or no batch was given. Nothing is changed.
+    """
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, IdLoraLayer) and adapter_name in m.idlora_mean
+    }
+    if not layers:
+        raise ValueError(f"calibrate: the model has no ID-LoRA adapter {adapter_name!r} with center=True")
+    if trained := [name for name, layer in layers.items() if layer.idlora_B[adapter_name].any()]:
+        raise ValueError(
+            f"calibrate: adapter {adapter_name!r} is trained already, and another mean would change what it computes: "
+            + ", ".join(brief(trained))
+        )
+    sums: dict[str, tuple[int, Tensor, int]] = {}  # the first column that this rank has, sums over tokens, tokens
+    mask: Tensor | None = None
+
+    def observe(name: str, y0: Tensor) -> None:
+        masked = mask is not None and mask.shape == y0.shape[:-1]
+        tokens = y0[mask.to(y0.device).bool()] if masked else y0.flatten(0, -2)  # type: ignore[union-attr]
+        columns = layers[name]._columns(y0)
+        _, total, count = sums.get(name, (0, torch.zeros(y0.shape[-1], dtype=torch.float64), 0))
+        total += tokens.sum(0, dtype=accumulate(y0.dtype)).cpu()
+        sums[name] = 0 if columns is None else columns.first, total, count + len(tokens)
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        layer.base_layer.register_forward_hook(lambda _, __, y0, name=name: observe(name, y0))
+        for name, layer in layers.items()
+    ]
+    try:
+        model.eval()
+        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None if progress else True):
+            mask = batch.get("attention_mask")
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    everyone = distributed.exchange(sums) if distributed.world_size() > 1 else [sums]
+    if not any(everyone):
+        raise ValueError("calibrate: at least one batch is needed, got none")
+    unseen = []
+    for name, layer in layers.items():
+        total, count = torch.zeros(2, layer.out_features, dtype=torch.float64)
+        for first, part, tokens in (others[name] for others in everyone if name in others):
+            total[first : first + len(part)] += part
+            count[first : first + len(part)] += tokens
+        unseen += [] if count.all() else [name]
+        layer.idlora_mean[adapter_name].copy_(total / count.clamp_min(1))
+        layer.centered[adapter_name] = True
+    if unseen:
+        warnings.warn(f"calibrate: no token reached these layers, which are not centred: {', '.join(brief(unseen))}",
+                      stacklevel=2)  # fmt: skip
