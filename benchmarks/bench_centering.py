@@ -1,9 +1,9 @@
 """How much of the products with the chosen rows do all tokens share? ``z = sum_i x_i``, ``x_i = y0[index_i]``.
 
-For each kind of layer of SmolLM2-135M on worked problems of GSM8K: the size of ``z``, how much of its mean square is the
-square of its mean over tokens, and how many directions of ``r`` hold the rest of it (the participation ratio
-``(sum_j l_j)^2 / sum_j l_j^2`` of the eigenvalues of ``E[z z^T]``); as it is, and with ``center=True``, whose mean is of
-other text. Medians over the layers of a kind.
+For each kind of layer of SmolLM2-135M on worked problems of GSM8K: the size of ``z``, how much of its mean square is
+the square of its mean over tokens, and how many directions of ``r`` hold what there is (the participation ratio
+``(sum_j l_j)^2 / sum_j l_j^2`` of the eigenvalues of ``E[z z^T]``); as it is, and with ``center=True``, whose mean is
+of other text. Medians over the layers of a kind.
 
     python benchmarks/bench_centering.py               # half a minute on one core
 """

@@ -107,7 +107,8 @@ def _moved(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    """Each once, though an op may be given it twice."""
+    return list({id(t): t for t in tree_leaves(tree) if isinstance(t, Tensor)}.values())
 
 
 def _bytes(tensors: list[Tensor]) -> int:

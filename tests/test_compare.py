@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise, product
@@ -14,7 +15,7 @@ import pytest
 import torch
 from compare import __main__ as cli
 from compare import cost, methods, report, roofline, run, studies, tasks
-from compare.experiment import Experiment, adapter_behaviour, write_json
+from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
@@ -112,6 +113,15 @@ def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=r"x: LoraConfig does not take these settings.*no_such_field"):
         run.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_the_same_whichever_transformers_wrote_it(model, tmp_path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    digest = model_digest.__wrapped__(model)
+    for name, value, same in (("transformers_version", "1.0", True), ("rms_norm_eps", 1e-3, False)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        assert (model_digest.__wrapped__(tmp_path) == digest) is same
 
 
 def test_rates_are_extended_while_the_best_is_at_the_edge(model):

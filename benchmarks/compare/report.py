@@ -22,7 +22,18 @@ from kernel_page import table
 from . import RESULTS, cost, roofline
 from .experiment import MODEL, Experiment
 from .methods import LADDER, METHODS
-from .studies import LR_TASK, SEEDS, TELLING, Results, ablation_groups, best_rate, loss_after, losses_by_rate, quality
+from .studies import (
+    ABLATED,
+    LR_TASK,
+    SEEDS,
+    TELLING,
+    Results,
+    ablation_groups,
+    best_rate,
+    loss_after,
+    losses_by_rate,
+    quality,
+)
 from .tasks import TASKS
 
 REFERENCES = ("lora-r8", "miss-r8")  # what differences are to
@@ -162,7 +173,9 @@ class Report:
             "a: mean; spread",
         ]
         note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. "
-        note += "Rates are the best of idlora-r32 and, for static routers, of idlora-r32-static."
+        note += (
+            f"Rates are the best of {ABLATED}; of idlora-r32 for linear routers, of idlora-r32-static without center."
+        )
         return f"## Ablations on {LR_TASK}\n\n{note}\n\n" + table(head, rows)
 
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:

@@ -18,23 +18,24 @@ TELLING = (
     "lora-r8", "miss-r8", "idlora-r32-centered", "idlora-r32",
     "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
 )  # fmt: skip
-# What is named twice, as "idlora-r32" with r=32, is one experiment.
+# What is named twice, as that with r=32, is one experiment. All differ from ABLATED.
+ABLATED = "idlora-r32-centered"
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "router": [
-        {"router": router, "shared_router": shared}
-        for router in ("linear", "static", "bounded")
-        for shared in (True, False)
-    ],
-    "selection": [
-        {"selection": selection, "router": "static", **scale}
-        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
-        for scale in ({}, {"row_scale": True})
+        {"router": router, "center": center, "shared_router": shared}
+        for router in ("static", "linear", "bounded")
+        for center, shared in ((True, True), (False, True), (True, False))
     ],
     "clusters": [{"num_clusters": k} for k in (1, 2, 4, 8)],
     # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
     "rank boost": [{"r": r, "rank_boost": s} for r, s in ((8, 1), (32, 2), (128, 4))],
-    "rank": [{"r": r} for r in (8, 16, 32, 64, 128)],
+    "selection": [
+        {"selection": selection, **scale}
+        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
+        for scale in ({}, {"row_scale": True})
+    ],
     "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
+    "rank": [{"r": r} for r in (8, 16, 32, 64, 128)],
 }
 
 
@@ -140,22 +141,24 @@ def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
 
 
 def ablations(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """One thing of ID-LoRA r=32 changed at a time, on one task; at the best rate of its router's form."""
-    for seed in SEEDS:
-        for _, experiment in ablation_groups(base, find):
+    """One thing of ID-LoRA r=32 changed at a time, on one task; group by group, so that each is soon whole."""
+    for _, experiment in ablation_groups(base, find):
+        for seed in SEEDS:
             yield replace(experiment, seed=seed)
 
 
 def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experiment]]:
-    """Ablations with the name of their group, without seeds."""
+    """Ablations with the name of their group, without seeds; at the best rate of the form of their products."""
+    given = METHODS[ABLATED].adapter
     for group, overrides in ABLATIONS.items():
         for override in overrides:
-            static = override.get("router", "linear") == "static"
-            rate = best_rate("idlora-r32-static" if static else "idlora-r32", base, find)
+            differs = {name: value for name, value in override.items() if given.get(name) != value}
+            form = "idlora-r32-static" if override.get("center") is False else ABLATED
+            if differs.get("router") == "linear":  # quadratic in the activation: of another size
+                form = "idlora-r32"
+            rate = best_rate(form, base, find)
             if rate is not None:
-                given = METHODS["idlora-r32"].adapter
-                differs = {name: value for name, value in override.items() if given.get(name) != value}
-                yield group, replace(base, method="idlora-r32", task=LR_TASK, override=differs, lr=rate)
+                yield group, replace(base, method=ABLATED, task=LR_TASK, override=differs, lr=rate)
 
 
 Study = Callable[[Experiment, Find], Iterable[Experiment]]
