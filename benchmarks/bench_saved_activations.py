@@ -1,8 +1,8 @@
 """What an adapter keeps for the backward pass: saved-tensor accounting of one Llama-3-8B decoder layer.
 
 LoRA keeps ``h`` (``d_in`` values a token, once per distinct input) and ``A h`` (``r``) of every linear layer; ID-LoRA
-keeps ``x`` (``k r``). Counted is what autograd holds on to, not a formula: the layer with an adapter minus the same
-frozen layer without one, for what one more token costs.
+keeps ``sum_i x_i`` (``r``), with the paper's router every ``x_i`` (``k r``). Counted is what autograd holds on to, not a
+formula: the layer with an adapter minus the same frozen layer without one, for what one more token costs.
 
 Two things besides decide what LoRA adds. Fused attention keeps its output for itself, which then serves as the input of
 ``o_proj`` too; eager attention makes a copy of it. And beside a bfloat16 layer PEFT makes adapters float32: LoRA casts
@@ -45,6 +45,9 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "LoRA r=32, A frozen": lambda: LoraConfig(r=32, target_modules=LINEARS),
     # Which rows are chosen changes nothing that is counted here; "sequential" saves the time of clustering.
     "ID-LoRA r=128": lambda: IdLoraConfig(r=128, target_modules=LINEARS, selection="sequential"),
+    "ID-LoRA r=128, the paper's router": lambda: IdLoraConfig(
+        r=128, target_modules=LINEARS, selection="sequential", router="linear", center=False
+    ),
 }
 REFERENCE = "LoRA r=32"
 FROZEN = "frozen layer"

@@ -20,7 +20,11 @@ ADAPTER_OPTIONS = (
     ("num_clusters", int, "clusters of rows, k (default 4); a layer needs k * r output features"),
     ("rank_boost", int, "rank-boost factor s (default 2): B is [d/s, r/s] and used s times"),
     ("scaling", float, "factor on the update (default 1.0)"),
-    ("router", str, "form of the router: linear (default), bounded, or static, which can be merged and exported"),
+    (
+        "router",
+        str,
+        "form of the router: static (default), which can be merged and exported, linear (the paper's) or bounded",
+    ),
     (
         "selection",
         str,
@@ -256,7 +260,7 @@ def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--center",
         action=argparse.BooleanOptionalAction,
-        help="take out of the products with the rows what all tokens share (default: no)",
+        help="take out of the products with the rows what all tokens share (default: yes)",
     )
 
 

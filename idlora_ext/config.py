@@ -27,19 +27,19 @@ class IdLoraConfig(PeftConfig):
     """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i a_i x_i``, where the router
     gives ``a_i`` and ``x_i = A_i h`` are products with chosen rows of ``W``; the paper's ``a_i`` is ``<T_i, x_i>``.
 
-    Source: arXiv 2602.20727, §4; the defaults are the paper's multi-task setting. A layer of ``d`` outputs gets
-    ``d * r / rank_boost^2`` trainable values for ``B`` and ``r`` (or ``num_clusters * r``) for the router ``T``
-    (a static one: 1 or ``num_clusters``).
+    Source: arXiv 2602.20727, §4; sizes and choice of rows are those of the paper's multi-task setting, router and
+    centring what learned best in benchmarks/REPORT.md. A layer of ``d`` outputs gets ``d * r / rank_boost^2`` trainable
+    values for ``B`` and 1 (or ``num_clusters``) for the router, of another form ``r`` (or ``num_clusters * r``).
 
     Args:
         r: rank: rows per cluster. Must be a multiple of ``rank_boost``.
         num_clusters: ``k``. ``k * r`` rows are chosen, so a layer needs ``d >= k * r`` (see ``rank_fit``).
         rank_boost: ``s``: ``B`` is ``[d/s, r/s]`` and is used ``s`` times. 1 is the paper's "without RB".
         scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
-        router: ``"linear"`` (the paper): ``a_i = <T_i, x_i>``. ``"bounded"``: from ``T = 0``
-            ``a_i = 1 + tanh(4 <T_i, x_i / rms(x_i)>)``: the direction of ``x_i`` decides, and outlier tokens are not
-            amplified. ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank
-            ``r``, which can be merged into ``W`` or exported as a LoRA.
+        router: ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank ``r``,
+            which can be merged into ``W`` or exported as a LoRA. ``"linear"`` (the paper): ``a_i = <T_i, x_i>``.
+            ``"bounded"``: from ``T = 0`` ``a_i = 1 + tanh(4 <T_i, x_i / rms(x_i)>)``: the direction of ``x_i`` decides,
+            and outlier tokens are not amplified.
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
         selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations
@@ -51,7 +51,8 @@ class IdLoraConfig(PeftConfig):
             saved with the adapter.
         center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
             is taken out of the products. ``m`` is taken from the first forward pass in training mode, or by
-            :func:`idlora_ext.calibrate`, and saved with the adapter.
+            :func:`idlora_ext.calibrate`, and saved with the adapter. Merging then changes biases too, which layers
+            without one get; with False (the paper) it changes ``W`` alone.
         dropout: probability of zeroing entries of ``z`` while training.
         seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
             layer derives its own from its name.
@@ -84,11 +85,11 @@ class IdLoraConfig(PeftConfig):
     num_clusters: int = field(default=4, metadata={"help": "Number of row clusters k."})
     rank_boost: int = field(default=2, metadata={"help": "Rank-boost factor s: B is [d/s, r/s], used s times."})
     scaling: float = field(default=1.0, metadata={"help": "Factor on the update."})
-    router: Router = field(default="linear", metadata={"help": "Form of the router."})
+    router: Router = field(default="static", metadata={"help": "Form of the router."})
     shared_router: bool = field(default=True, metadata={"help": "One router vector for all clusters."})
     selection: Selection = field(default="nearest", metadata={"help": "How rows are chosen."})
     row_scale: bool = field(default=False, metadata={"help": "Give all chosen rows one norm."})
-    center: bool = field(default=False, metadata={"help": "Take out of x what all tokens share."})
+    center: bool = field(default=True, metadata={"help": "Take out of x what all tokens share."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on z."})
     seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})
     rank_fit: RankFit = field(default="shrink", metadata={"help": "What to do with layers narrower than k * r."})

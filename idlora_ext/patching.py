@@ -56,9 +56,13 @@ def apply(
     known = {f.name for f in dataclasses.fields(IdLoraConfig) if f.init} | {"preset"}
     if unknown := sorted(set(fields) - known):
         raise TypeError(f"apply: IdLoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    config = copy.deepcopy(config) if config is not None else IdLoraConfig()
-    config.begin()
-    config = dataclasses.replace(config, **fields, index_stored=False)
+    if config is None:  # made at once, as a preset yields to what is given and not to defaults
+        config = IdLoraConfig(**fields)
+    else:
+        config = copy.deepcopy(config)
+        config.begin()
+        config = dataclasses.replace(config, **fields)
+    config.index_stored = False
     return inject(model, config, adapter_name, progress=progress)
 
 

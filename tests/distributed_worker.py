@@ -138,11 +138,11 @@ def ddp(directory, **fields):
 
 def first_batch(directory):
     """Means that the first step of training takes, and what takes none."""
-    model = idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS, center=True).train()
+    model = idlora_ext.apply(tiny_llama().double(), progress=False, **FIELDS | {"center": True}).train()
     model(**batch(0))
     result = {"adapter": adapter_of(model)}
     one = nn.Sequential(nn.Linear(16, 16 << rank_and_world()[0]))
-    one = idlora_ext.apply(one, progress=False, **FIELDS, center=True, target_modules=["0"]).train()
+    one = idlora_ext.apply(one, progress=False, **FIELDS | {"center": True}, target_modules=["0"]).train()
     try:
         one(torch.ones(2, 16))
     except ValueError as error:
@@ -277,6 +277,7 @@ def trainer(directory, door, fsdp, **fields):
     from transformers import Trainer, TrainingArguments
 
     rank, world = rank_and_world()
+    sizes = {"r": 8, "num_clusters": 2}  # and the defaults, whose mean is taken in the first step
 
     def make():
         # With cpu_ram_efficient_loading transformers gives the weights to rank 0 alone.
@@ -287,8 +288,8 @@ def trainer(directory, door, fsdp, **fields):
             if type(module).__name__ == "LlamaRotaryEmbedding":
                 module.__init__(model.config)
         if door == "apply":
-            return idlora_ext.apply(model, progress=False, **FIELDS)
-        return get_peft_model(model, IdLoraConfig(**FIELDS, **fields))
+            return idlora_ext.apply(model, progress=False, **sizes)
+        return get_peft_model(model, IdLoraConfig(**sizes, **fields))
 
     sharding = {}
     if fsdp is not None and world > 1:
@@ -390,7 +391,7 @@ SCENARIOS = {
     "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
     "trainer_fsdp2_peft": lambda directory: trainer(directory, "peft", {}),
     "trainer_fsdp2_efficient": lambda directory: trainer(
-        directory, "peft", {"cpu_ram_efficient_loading": True}, row_scale=True, center=True
+        directory, "peft", {"cpu_ram_efficient_loading": True}, row_scale=True
     ),
 }
 

@@ -100,7 +100,7 @@ def test_calibrate_refuses_and_changes_nothing():
     with pytest.raises(ValueError, match="no ID-LoRA adapter 'other' with center=True"):
         idlora_ext.calibrate(model, [inputs()], "other")
     with pytest.raises(ValueError, match="no ID-LoRA adapter 'default' with center=True"):
-        idlora_ext.calibrate(idlora_ext.apply(tiny_llama(), **FIELDS, center=False), [inputs()])
+        idlora_ext.calibrate(idlora_ext.apply(tiny_llama(), **FIELDS | {"center": False}), [inputs()])
     randomize_adapter(model)
     with pytest.raises(ValueError, match=r"trained already.*layers.\{0-1\}.mlp.down_proj"):
         idlora_ext.calibrate(model, [inputs()])
@@ -186,8 +186,8 @@ def test_a_merged_llama_loads_again_as_the_warning_says(tmp_path):
 
 def test_several_centred_adapters_merge_and_take_part_in_sums_and_mixed_batches():
     model = get_peft_model(MODELS["qwen2"]().double(), IdLoraConfig(**CENTERED), "static")
-    model.add_adapter("linear", IdLoraConfig(**FIELDS, router="linear", center=True, seed=3))
-    model.add_adapter("plain", IdLoraConfig(**FIELDS, router="static", center=False, seed=4))
+    model.add_adapter("linear", IdLoraConfig(**FIELDS | {"router": "linear", "center": True}, seed=3))
+    model.add_adapter("plain", IdLoraConfig(**FIELDS | {"router": "static", "center": False}, seed=4))
     names = ["static", "linear", "plain"]
     for name in names:
         if name != "plain":

@@ -112,7 +112,7 @@ def test_adding_loading_and_saving_while_merged_read_the_original(tmp_path, rout
     expected = logits(model)
     model.merge_adapter()
     model.save_pretrained(tmp_path)
-    second = IdLoraConfig(**FIELDS, router=router, seed=5)
+    second = IdLoraConfig(**FIELDS | {"router": router}, seed=5)
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.add_adapter("second", second)
     fresh = idlora_ext.apply(tiny_llama().double(), second)

@@ -83,12 +83,21 @@ def percent(trainable, total):
     return f"{100 * trainable / total:.2f}"
 
 
-@pytest.mark.parametrize("shared_router", [True, False], ids=["shared", "per-cluster"])
-def test_idlora_with_its_defaults(size, model, shared_router):
+@pytest.mark.parametrize(
+    ("fields", "router_of_a_layer"),
+    [
+        ({}, 1),
+        ({"shared_router": False}, 4),
+        ({"preset": "paper"}, 128),
+        ({"router": "linear", "shared_router": False}, 4 * 128),
+    ],
+    ids=["default", "per-cluster", "paper", "linear-per-cluster"],
+)
+def test_idlora(size, model, fields, router_of_a_layer):
     assert counts(model) == (size.frozen, size.frozen)
-    adapted = idlora_ext.apply(model) if shared_router else idlora_ext.apply(model, shared_router=False)
+    adapted = idlora_ext.apply(model, **fields)
     layers = 7 * size.config["num_hidden_layers"]
-    router = layers * (1 if shared_router else 4) * 128
+    router = layers * router_of_a_layer
     assert counts(adapted) == (size.B + router, size.frozen + size.B + router)
     B = sum(p.numel() for name, p in adapted.named_parameters() if "idlora_B" in name)
     assert B == size.B

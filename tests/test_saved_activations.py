@@ -33,7 +33,7 @@ def lora(scale=1):
 
 
 def idlora(scale=1):
-    return IdLoraConfig(r=128 // scale, target_modules=LINEARS, selection="sequential")
+    return IdLoraConfig(r=128 // scale, target_modules=LINEARS, selection="sequential", router="linear", center=False)
 
 
 def test_the_accounting_on_a_module_counted_by_hand():
@@ -95,17 +95,19 @@ def test_float32_adapters_of_a_bfloat16_layer(attention):
     assert kept_by_idlora.bytes <= 0.14 * kept_by_lora.bytes
 
 
-def test_what_is_kept_does_not_grow_with_the_input_of_a_layer():
-    """An adapter is a function of the base layer's output: ``d_in`` is nowhere in what it keeps."""
+@pytest.mark.parametrize(("fields", "kept"), [({"router": "linear"}, 2 * 8), ({}, 8)], ids=["linear", "default"])
+def test_what_is_kept_does_not_grow_with_the_input_of_a_layer(fields, kept):
+    """An adapter is a function of the base layer's output: ``d_in`` is nowhere in what it keeps. The default keeps
+    ``sum_i x_i``, and no mean."""
     values = set()
     for d_in in (8, 512):
         torch.manual_seed(0)
         layer = nn.Sequential(nn.Linear(d_in, 64, bias=False)).requires_grad_(False)
         h = torch.randn(TOKENS, d_in, requires_grad=True)
-        config = IdLoraConfig(r=8, num_clusters=2, target_modules=["0"], selection="sequential")
+        config = IdLoraConfig(r=8, num_clusters=2, target_modules=["0"], selection="sequential", **fields)
         with adapted(layer, config) as model:
             values.add(saved_activations(model, h).values / TOKENS)
-    assert values == {2 * 8}
+    assert values == {kept}
 
 
 @pytest.mark.parametrize(

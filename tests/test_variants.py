@@ -134,8 +134,8 @@ def test_gradients(variant, dropout):
 
 
 def test_a_bounded_router_starts_at_one_and_goes_by_direction():
-    model = idlora_ext.apply(tiny_llama().double(), **FIELDS, router="bounded")
-    static = idlora_ext.apply(tiny_llama().double(), **FIELDS, router="static")
+    model = idlora_ext.apply(tiny_llama().double(), **FIELDS | {"router": "bounded"})
+    static = idlora_ext.apply(tiny_llama().double(), **FIELDS | {"router": "static"})
     for ours, theirs in zip(layers_of(model).values(), layers_of(static).values(), strict=True):
         assert ours.idlora_router["default"].count_nonzero() == 0
         assert torch.equal(ours.idlora_index["default"], theirs.idlora_index["default"])
@@ -203,7 +203,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, variant):
 
 
 def test_files_that_mean_something_else_are_refused(tmp_path):
-    idlora_ext.save(trained(idlora_ext.apply(tiny_llama(), **FIELDS, router="bounded", row_scale=True)), tmp_path)
+    idlora_ext.save(trained(idlora_ext.apply(tiny_llama(), **FIELDS | {"router": "bounded"}, row_scale=True)), tmp_path)
     for fields, message in (
         ({"router": "linear", "row_scale": True}, "the file's router is bounded, that of adapter 'default'"),
         ({"router": "bounded"}, r"14 tensors that the model has no place for: .*down_proj.idlora_row_scale"),
@@ -240,7 +240,7 @@ def test_scaled_rows_merge_and_export(tmp_path, shared):
 
 
 def test_a_bounded_router_is_not_merged_or_exported(tmp_path):
-    model = trained(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS, router="bounded")))
+    model = trained(get_peft_model(tiny_llama(), IdLoraConfig(**FIELDS | {"router": "bounded"})))
     before = logits(model)
     for attempt in (model.merge_adapter, model.merge_and_unload, lambda: idlora_ext.to_lora(model, tmp_path)):
         with pytest.raises(ValueError, match="with a linear or bounded router it cannot be merged"):
@@ -250,8 +250,8 @@ def test_a_bounded_router_is_not_merged_or_exported(tmp_path):
 
 def test_mixed_batch_sum_and_removal():
     model = get_peft_model(stretched(tiny_llama().double()), IdLoraConfig(**FIELDS), "linear")
-    model.add_adapter("bounded", IdLoraConfig(**FIELDS, router="bounded", row_scale=True))
-    model.add_adapter("static", IdLoraConfig(**FIELDS, router="static", row_scale=True, seed=3))
+    model.add_adapter("bounded", IdLoraConfig(**FIELDS | {"router": "bounded"}, row_scale=True))
+    model.add_adapter("static", IdLoraConfig(**FIELDS | {"router": "static"}, row_scale=True, seed=3))
     names = ["linear", "bounded", "static"]
     for name in names:
         trained(model, name).eval()
@@ -394,7 +394,8 @@ def test_the_paper_stays_one_argument_away():
         IdLoraConfig(preset="best")
     with pytest.raises(ValueError, match="row_scale must be True or False, got 'median'"):
         IdLoraConfig(row_scale="median")
-    model = idlora_ext.apply(tiny_llama(), preset="paper", **FIELDS)
+    model = idlora_ext.apply(tiny_llama(), preset="paper", r=8, num_clusters=2)
+    assert {layer.idlora_router["default"].shape for layer in layers_of(model).values()} == {(1, 8)}
     assert torch.equal(logits(model), logits(tiny_llama()))
 
 
