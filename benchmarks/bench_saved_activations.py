@@ -1,8 +1,8 @@
 """What an adapter keeps for the backward pass: saved-tensor accounting of one Llama-3-8B decoder layer.
 
 LoRA keeps ``h`` (``d_in`` values a token, once per distinct input) and ``A h`` (``r``) of every linear layer; ID-LoRA
-keeps ``sum_i x_i`` (``r``), with the paper's router every ``x_i`` (``k r``). Counted is what autograd holds on to, not a
-formula: the layer with an adapter minus the same frozen layer without one, for what one more token costs.
+keeps ``sum_i x_i`` (``r``), with the paper's router every ``x_i`` (``k r``). Counted is what autograd holds on to, not
+a formula: the layer with an adapter minus the same frozen layer without one, for what one more token costs.
 
 Two things besides decide what LoRA adds. Fused attention keeps its output for itself, which then serves as the input of
 ``o_proj`` too; eager attention makes a copy of it. And beside a bfloat16 layer PEFT makes adapters float32: LoRA casts

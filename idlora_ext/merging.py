@@ -166,6 +166,8 @@ def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Ten
         weight += matrix
         if vector is not None:
             bias = vector + (bias if bias is not None else 0 if b is None else b)
+    if b is None and bias is not None and not bias.any():  # a mean that was never taken: no bias is needed
+        bias = None
     weight, bias = weight.to(W.dtype), None if bias is None else bias.to(dtype)
     if safe and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise ValueError(
@@ -247,7 +249,8 @@ def check(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: boo
                 "would change it for all. Untie them (tie_word_embeddings=False), or leave the layer out with "
                 "exclude_modules."
             )
-        if layer.get_base_layer().bias is None and any(adapter in layer.idlora_mean for adapter in adapters):
+        centered = [layer.idlora_mean[adapter] for adapter in adapters if adapter in layer.idlora_mean]
+        if layer.get_base_layer().bias is None and any(mean.any() for mean in centered):
             gaining.append(layer.name)
     if gaining:
         from .refusals import brief  # which knows the layers

@@ -174,6 +174,15 @@ def test_merging_gives_a_bias_and_unmerging_takes_it_away(kind, shared):
     torch.testing.assert_close(logits(merged), expected, **CLOSE)
 
 
+def test_without_a_mean_merging_gives_no_bias(recwarn):
+    model = randomize_adapter(get_peft_model(tiny_llama().double(), IdLoraConfig(**CENTERED)), std=0.2).eval()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, **CLOSE)
+    assert merged.state_dict().keys() == tiny_llama().state_dict().keys()
+    assert not [warning for warning in recwarn if "get a bias" in str(warning.message)]
+
+
 def test_a_merged_llama_loads_again_as_the_warning_says(tmp_path):
     model = calibrated()
     expected = logits(model)

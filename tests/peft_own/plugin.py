@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from idlora_ext import IdLoraConfig
+from idlora_ext.config import Router
 from idlora_ext.layer import IdLoraLayer
 
 for name in ("diffusers", "datasets"):  # what their files import, for tests that are not ours
@@ -33,10 +34,13 @@ for name in ("diffusers", "datasets"):  # what their files import, for tests tha
 
 @dataclass
 class IdLora(IdLoraConfig):
-    """Sizes that fit their models, and ``init_weights``, with which their tests ask for an adapter that does something."""
+    """Sizes that fit their models, of the forms the one with most in it, and ``init_weights``, with which their tests
+    ask for an adapter that does something."""
 
     r: int = 2
     num_clusters: int = 1
+    router: Router = "linear"
+    center: bool = False
     init_weights: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ IdLoraLayer.choose_rows = choose_rows
 
 IdLoraConfig.base_mismatch = "warn"  # they make a base model twice and do not ask for the same weights
 
-STATIC = {"router": "static"}
+STATIC = {"router": "static", "center": True}  # the default
 
 
 def for_task(task_type: str) -> list[Any]:
