@@ -29,7 +29,7 @@ def calibrate(
 ) -> None:
     """``m = 1/N sum_n y0_n`` for each layer of an adapter with ``center=True``, over the tokens of ``batches``.
 
-    Without this call, ``m`` is taken from the first forward pass in training mode. Call it where that batch is not
+    Without this call, ``m`` is taken from the first forward pass with gradients. Call it where that batch is not
     representative, and before training in several processes, whose batches differ: every rank calls it, with the
     same batches or its own, and all get the mean over all of them.
 

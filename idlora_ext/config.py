@@ -50,7 +50,7 @@ class IdLoraConfig(PeftConfig):
             rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
             saved with the adapter.
         center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
-            is taken out of the products. ``m`` is taken from the first forward pass in training mode, or by
+            is taken out of the products. ``m`` is taken from the first forward pass with gradients, or by
             :func:`idlora_ext.calibrate`, and saved with the adapter. Merging then changes biases too, which layers
             without one get; with False (the paper) it changes ``W`` alone.
         dropout: probability of zeroing entries of ``z`` while training.

@@ -196,9 +196,10 @@ class IdLoraLayer(MergeableLayer):
     def _take_mean(self, adapters: Iterable[str], y0: Tensor) -> None:
         """Take ``m`` from the first batch of training, while ``B`` is zero: what the layer returns does not change."""
         for adapter in adapters:
-            if self.centered.get(adapter, True) or not y0.numel():
+            B = self.idlora_B[adapter]
+            if self.centered.get(adapter, True) or not B.requires_grad or not y0.numel():
                 continue
-            self.centered[adapter] = bool(self.idlora_mean[adapter].any() or self.idlora_B[adapter].any())
+            self.centered[adapter] = bool(self.idlora_mean[adapter].any() or B.any())
             if self.centered[adapter]:  # from a file, however it was loaded
                 continue
             if distributed.world_size() > 1 and (self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)):
@@ -276,7 +277,6 @@ class Linear(nn.Module, IdLoraLayer):
     ) -> None:
         nn.Module.__init__(self)
         IdLoraLayer.__init__(self, base_layer, quantization)
-        self.training = base_layer.training  # a model that is being evaluated goes on to be
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, num_clusters, wanted_rank)
 
@@ -292,7 +292,7 @@ class Linear(nn.Module, IdLoraLayer):
         if self.pending:
             self.refuse_pending(adapters)
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
-        if self.training and not all(self.centered.values()):
+        if torch.is_grad_enabled() and not all(self.centered.values()):  # whether or not train() was called
             self._take_mean(adapters, y0)
         return self._adapt(adapters, y0, bias, bias_in_y0)
 

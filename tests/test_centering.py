@@ -35,7 +35,7 @@ def means_of(model):
     return {name: layer.idlora_mean["default"].clone() for name, layer in layers_of(model).items()}
 
 
-def outputs(model, *batches):
+def outputs(model, *batches, gradients=False):
     """What each base layer returns, by name, over all tokens: the reference for a mean."""
     found = {}
     hooks = [
@@ -44,7 +44,7 @@ def outputs(model, *batches):
         )
         for name, layer in layers_of(model).items()
     ]
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         for batch in batches:
             model(**batch)
     for hook in hooks:
@@ -52,12 +52,13 @@ def outputs(model, *batches):
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])  # many a loop never calls train()
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_first_batch_of_training_gives_the_mean_and_no_other(kind):
+def test_the_first_batch_of_training_gives_the_mean_and_no_other(kind, train):
     model = adapted(kind)
     before = logits(model)
     assert not any(mean.any() for mean in means_of(model).values())  # evaluation before training takes none
-    expected = {name: y0.mean(0) for name, y0 in outputs(model.train(), inputs()).items()}
+    expected = {name: y0.mean(0) for name, y0 in outputs(model.train(train), inputs(), gradients=True).items()}
     taken = means_of(model)
     for name, mean in taken.items():
         torch.testing.assert_close(mean, expected[name], **CLOSE)

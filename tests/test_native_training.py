@@ -20,8 +20,11 @@ from conftest import FIELDS, MODELS, inputs, randomize_adapter
 import idlora_ext
 
 model = MODELS[sys.argv[1]]().to(getattr(torch, sys.argv[2]))
-router = {"router": sys.argv[4], "shared_router": sys.argv[4] == "static", "scaling": float(sys.argv[5])}
-idlora_ext.apply(model, r=FIELDS["r"], num_clusters=FIELDS["num_clusters"], **router)
+static = sys.argv[4] == "static"
+router = {"router": sys.argv[4], "shared_router": static, "center": static, "scaling": float(sys.argv[5])}
+idlora_ext.apply(model, **FIELDS | router)
+if static:
+    idlora_ext.calibrate(model, [inputs(batch=4, length=16)], progress=False)
 randomize_adapter(model, std=0.05)
 assert (idlora_ext.native.module is None) == (sys.argv[3] == "default")
 trained = [p for p in model.parameters() if p.requires_grad]

@@ -17,7 +17,8 @@ from idlora_ext import IdLoraConfig, base_weight, reference
 from idlora_ext.clustering import select_rows
 from idlora_ext.layer import IdLoraLayer
 
-FIELDS = {"r": 8, "num_clusters": 4}
+SIZES = {"r": 8, "num_clusters": 4}
+FIELDS = SIZES | {"router": "linear", "center": False}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "attention_bias": True, "mlp_bias": True}
 
 
@@ -132,7 +133,9 @@ def quantised(request, tmp_path):
 
 
 def test_merging_is_refused_and_export_reads_the_dequantised_rows(quantised):
-    model = randomize_adapter(get_peft_model(quantised(), IdLoraConfig(router="static", **FIELDS)), std=0.3).eval()
+    model = randomize_adapter(
+        get_peft_model(quantised(), IdLoraConfig(**FIELDS | {"router": "static"})), std=0.3
+    ).eval()
     before = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"layer 'model.* cannot be merged: W is quantised.*full precision"):
@@ -199,7 +202,7 @@ def test_train_save_load(quantised, tmp_path, door):
     model = quantised()
     base = {n: p.detach().clone() for n, p in model.named_parameters() if "idlora" not in n and p.ndim == 1}
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = idlora_ext.apply(model, **FIELDS) if door == "apply" else get_peft_model(model, IdLoraConfig(**FIELDS))
+    model = idlora_ext.apply(model, **SIZES) if door == "apply" else get_peft_model(model, IdLoraConfig(**SIZES))
     ids = torch.randint(0, 101, (4, 12), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     losses = []
@@ -334,7 +337,7 @@ def test_loaded_from_gguf(tmp_path):
         return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
 
     untouched = logits(base())
-    model = get_peft_model(base(), IdLoraConfig(router="static", **FIELDS))
+    model = get_peft_model(base(), IdLoraConfig(**SIZES))
     assert torch.equal(logits(model.eval()), untouched)
     ids = torch.arange(20)[None]
     model.train()(input_ids=ids, labels=ids).loss.backward()
