@@ -217,7 +217,10 @@ def refuse(layer: Any, adapters: Sequence[str]) -> None:
     elif is_parametrized(base):
         reason = "W is computed from other parameters: remove the parametrisation first, or keep the adapter attached"
     elif isinstance(base, ExpertLinear) and base.bias is None and any(a in layer.idlora_mean for a in adapters):
-        reason = "a centred adapter (center=True) changes the bias, and fused experts without one have no place for it"
+        reason = (
+            "a centred adapter changes the bias, and fused experts without one have no place for it: keep the adapter "
+            "attached, or train one with center=False"
+        )
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} cannot be merged: {reason}")
 
