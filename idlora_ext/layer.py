@@ -199,17 +199,21 @@ class IdLoraLayer(MergeableLayer):
             B = self.idlora_B[adapter]
             if self.centered.get(adapter, True) or not B.requires_grad or not y0.numel():
                 continue
-            self.centered[adapter] = bool(self.idlora_mean[adapter].any() or B.any())
-            if self.centered[adapter]:  # from a file, however it was loaded
-                continue
+            mean = self.idlora_mean[adapter]
+            taken = mean.any() | B.any()  # it is from a file, however that was loaded
+            self.centered[adapter] = True
             if distributed.world_size() > 1 and (self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)):
+                if taken:
+                    continue
+                self.centered[adapter] = False
                 raise ValueError(
                     f"layer {self.name!r}: adapter {adapter!r} is to be centred by the mean over the first batch, but "
                     "not all ranks call this layer, and they would wait for one another. Call "
                     "idlora_ext.calibrate(model, batches) on every rank before training, or use center=False."
                 )
-            self.idlora_mean[adapter].copy_(distributed.mean_over_tokens(y0, self._columns(y0), self.out_features))
-            self.centered[adapter] = True
+            # No branch on what a tensor holds: it would wait for the device, and keep a compiler from one graph.
+            of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features)
+            mean.copy_(torch.where(taken, mean, of_batch))
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""

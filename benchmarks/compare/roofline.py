@@ -30,6 +30,8 @@ from torch.utils.flop_counter import flop_registry
 from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from idlora_ext.layer import IdLoraLayer
+
 from . import RESULTS, methods
 from .experiment import write_json
 from .methods import METHODS
@@ -51,8 +53,9 @@ DEFAULT = (
     "miss-r32",
     "dora-r8",
     "idlora-r32",
+    "idlora-r32-centered",
     "idlora-r128",
-    "idlora-r128-static",
+    "idlora-r128-centered",
 )
 
 
@@ -96,6 +99,9 @@ def count(method: str, batch: int, length: int) -> dict[str, float]:
     if adapter["kind"] == "IdLoraConfig":
         adapter = adapter | {"selection": "sequential"}
     model = methods.apply(decoder(), adapter).to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, IdLoraLayer):
+            module.centered = dict.fromkeys(module.centered, True)  # a mean is taken in the first step only
     found: dict[str, float] = {"parameters": sum(p.numel() for p in trainable(model))}
     with FakeTensorMode(allow_non_fake_inputs=True):
         h = torch.zeros(batch, length, LLAMA_3_8B["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
