@@ -176,10 +176,10 @@ def main() -> None:
                 rows = report(measure(decoder_layer(LLAMA_3_8B, attention, dtype), args.tokens))
             results.append({"precision": precision, "attention": attention, "variants": rows})
             print(f"\n{precision}; {attention} attention")
-            print(f"{'':<20} {'values':>9} {'bytes':>9}   {'added values':>12} {'bytes':>9}   {'of ' + REFERENCE:>12}")
+            print(f"{'':<34} {'values':>9} {'bytes':>9}   {'added values':>12} {'bytes':>9}   {'of ' + REFERENCE:>12}")
             for row in rows:
                 print(
-                    f"{row['variant']:<20} {row['values']:>9,.0f} {row['bytes']:>9,.0f}   "
+                    f"{row['variant']:<34} {row['values']:>9,.0f} {row['bytes']:>9,.0f}   "
                     f"{row['values_added']:>12,.0f} {row['bytes_added']:>9,.0f}   {row['bytes_ratio']:>12.1%}"
                 )
 
