@@ -385,7 +385,7 @@ SCENARIOS = {
     "tensor_parallel_bounded": lambda directory: tensor_parallel(
         directory, router="bounded", row_scale=True, selection="pivoted_qr"
     ),
-    "tensor_parallel_centred": lambda directory: tensor_parallel(directory, router="static", center=True),
+    "tensor_parallel_centred": lambda directory: tensor_parallel(directory, router="static", center=True, scaling=20.0),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),
     "trainer_ddp_peft": lambda directory: trainer(directory, "peft", None),
     "trainer_fsdp2_apply": lambda directory: trainer(directory, "apply", {}),
