@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import distributed
-from .fakes import accumulate
 from .layer import IdLoraLayer
 from .refusals import brief
 
@@ -54,16 +53,15 @@ def calibrate(
             f"calibrate: adapter {adapter_name!r} is trained already, and another mean would change what it computes: "
             + ", ".join(brief(trained))
         )
-    sums: dict[str, tuple[int, Tensor, int]] = {}  # the first column that this rank has, sums over tokens, tokens
+    sums: dict[str, Tensor] = {}  # float64 [2, d]: of y0 over tokens, and of tokens
     mask: Tensor | None = None
 
     def observe(name: str, y0: Tensor) -> None:
         masked = mask is not None and mask.shape == y0.shape[:-1]
-        tokens = y0[mask.to(y0.device).bool()] if masked else y0.flatten(0, -2)  # type: ignore[union-attr]
-        columns = layers[name]._columns(y0)
-        _, total, count = sums.get(name, (0, torch.zeros(y0.shape[-1], dtype=torch.float64), 0))
-        total += tokens.sum(0, dtype=accumulate(y0.dtype)).cpu()
-        sums[name] = 0 if columns is None else columns.first, total, count + len(tokens)
+        tokens = y0[mask.to(y0.device).bool()] if masked else y0  # type: ignore[union-attr]
+        layer = layers[name]
+        of_batch = distributed.token_sums(tokens, layer._columns(y0), layer.out_features)
+        sums[name] = sums.get(name, 0) + of_batch.cpu().double()
 
     modes = [(module, module.training) for module in model.modules()]
     hooks = [
@@ -85,10 +83,8 @@ def calibrate(
         raise ValueError("calibrate: at least one batch is needed, got none")
     unseen = []
     for name, layer in layers.items():
-        total, count = torch.zeros(2, layer.out_features, dtype=torch.float64)
-        for first, part, tokens in (others[name] for others in everyone if name in others):
-            total[first : first + len(part)] += part
-            count[first : first + len(part)] += tokens
+        nothing = torch.zeros(2, layer.out_features, dtype=torch.float64)
+        total, count = sum((others[name] for others in everyone if name in others), nothing)
         unseen += [] if count.all() else [name]
         layer.idlora_mean[adapter_name].copy_(total / count.clamp_min(1))
         layer.centered[adapter_name] = True

@@ -41,6 +41,11 @@ ADAPTER_OPTIONS = (
     ),
     ("exclude_modules", str, "layers to leave alone: names separated by commas, or a regular expression"),
 )
+ADAPTER_SWITCHES = (  # the same, with --no- before their names too
+    ("shared_router", "one router vector for all clusters (default) or one for each"),
+    ("row_scale", "give all chosen rows one norm (default: no)"),
+    ("center", "take out of the products with the rows what all tokens share (default: yes)"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -249,25 +254,13 @@ def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in ADAPTER_OPTIONS:
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    group.add_argument(
-        "--shared-router",
-        action=argparse.BooleanOptionalAction,
-        help="one router vector for all clusters (default) or one for each",
-    )
-    group.add_argument(
-        "--row-scale", action=argparse.BooleanOptionalAction, help="give all chosen rows one norm (default: no)"
-    )
-    group.add_argument(
-        "--center",
-        action=argparse.BooleanOptionalAction,
-        help="take out of the products with the rows what all tokens share (default: yes)",
-    )
+    for name, text in ADAPTER_SWITCHES:
+        group.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
 
 
 def _adapter_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given; the others keep IdLoraConfig's defaults."""
-    names = [*(name for name, _, _ in ADAPTER_OPTIONS), "shared_router", "row_scale", "center"]
-    fields = {name: getattr(args, name) for name in names}
+    fields = {name: getattr(args, name) for name, *_ in (*ADAPTER_OPTIONS, *ADAPTER_SWITCHES)}
     fields = {name: value for name, value in fields.items() if value is not None}
     for name in ("target_modules", "exclude_modules"):
         if re.fullmatch(r"[\w.,]+", fields.get(name, "")):  # names; anything else is all-linear or an expression

@@ -254,12 +254,18 @@ class Columns:
         return torch.cat(pieces, -1)
 
 
-def mean_over_tokens(y0: Tensor, columns: Columns | None, d: int) -> Tensor:
-    """``1/N sum_n y0_n [d]`` over the tokens of all ranks, each of which must call this."""
+def token_sums(y0: Tensor, columns: Columns | None, d: int) -> Tensor:
+    """``sum_n y0_n`` and the number of tokens, ``[2, d]``; zeros in columns that this rank does not have."""
     first, last = (0, d) if columns is None else (columns.first, columns.last)
-    sums = torch.zeros(2, d, dtype=accumulate(y0.dtype), device=y0.device)  # of y0, and of tokens
+    sums = torch.zeros(2, d, dtype=accumulate(y0.dtype), device=y0.device)
     sums[0, first:last] = y0.flatten(0, -2).sum(0, dtype=sums.dtype)
     sums[1, first:last] = y0.numel() // y0.shape[-1]
+    return sums
+
+
+def mean_over_tokens(y0: Tensor, columns: Columns | None, d: int) -> Tensor:
+    """``1/N sum_n y0_n [d]`` over the tokens of all ranks, each of which must call this."""
+    sums = token_sums(y0, columns, d)
     if world_size() > 1:
         dist.all_reduce(sums)
     return sums[0] / sums[1]

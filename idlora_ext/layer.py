@@ -201,19 +201,19 @@ class IdLoraLayer(MergeableLayer):
                 continue
             mean = self.idlora_mean[adapter]
             taken = mean.any() | B.any()  # it is from a file, however that was loaded
-            self.centered[adapter] = True
-            if distributed.world_size() > 1 and (self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)):
-                if taken:
-                    continue
-                self.centered[adapter] = False
+            if distributed.world_size() == 1 or not (
+                self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)
+            ):
+                # No branch on what a tensor holds: it would wait for the device, and keep a compiler from one graph.
+                of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features)
+                mean.copy_(torch.where(taken, mean, of_batch))
+            elif not taken:
                 raise ValueError(
                     f"layer {self.name!r}: adapter {adapter!r} is to be centred by the mean over the first batch, but "
                     "not all ranks call this layer, and they would wait for one another. Call "
                     "idlora_ext.calibrate(model, batches) on every rank before training, or use center=False."
                 )
-            # No branch on what a tensor holds: it would wait for the device, and keep a compiler from one graph.
-            of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features)
-            mean.copy_(torch.where(taken, mean, of_batch))
+            self.centered[adapter] = True
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""
@@ -232,12 +232,19 @@ class IdLoraLayer(MergeableLayer):
             return None
         return distributed.Columns(self.get_base_layer().weight)
 
+    def _offset(
+        self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None
+    ) -> Tensor | None:
+        """What is subtracted from the columns of ``y0`` that are gathered: ``m``, or the bias that ``y0`` contains."""
+        mean = _beside(self._held("idlora_mean").get(adapter), y0)
+        if mean is None:
+            return bias
+        return mean if columns is None else mean[columns.first : columns.last]
+
     def _gather(self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None) -> Tensor:
-        """``x [..., k, r]``, ``x_ij = c_ij (y0 - bias)[index_ij]``, in the dtype of ``y0``; centred ``m``, not bias."""
-        index, mean = self.idlora_index[adapter], _beside(self._held("idlora_mean").get(adapter), y0)
-        if mean is not None:
-            bias = mean if columns is None else mean[columns.first : columns.last]
-        x = ops.cluster_gather(y0, index, bias) if columns is None else columns.gather(y0, index, bias)
+        """``x [..., k, r]``, ``x_ij = c_ij (y0 - o)[index_ij]``, ``o`` the offset, in the dtype of ``y0``."""
+        index, offset = self.idlora_index[adapter], self._offset(y0, columns, adapter, bias)
+        x = ops.cluster_gather(y0, index, offset) if columns is None else columns.gather(y0, index, offset)
         return (x * self.idlora_row_scale[adapter]).to(x.dtype) if adapter in self.idlora_row_scale else x
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -304,8 +311,9 @@ class Linear(nn.Module, IdLoraLayer):
         with profiling.layer(self.name):
             if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
                 index, router, B = self._tensors(adapters[0], y0.dtype)
-                if (mean := _beside(self._held("idlora_mean").get(adapters[0]), y0)) is not None:
-                    bias, bias_in_y0 = mean, True
+                offset = self._offset(y0, None, adapters[0], bias if bias_in_y0 else None)
+                if offset is not None:
+                    bias, bias_in_y0 = offset, True
                 return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
             return self._by_operator(adapters, y0, bias, bias_in_y0)
 

@@ -76,8 +76,8 @@ class MergeableLayer(BaseTunerLayer):
             A.addcmul_(W[rows].to(dtype), a_i.unsqueeze(-1))
         c = None
         if adapter_name in self.idlora_mean:
-            offset, b = -self.idlora_mean[adapter_name].to(dtype), self.get_base_bias()
-            c = (a * (offset if b is None else offset + b.to(dtype))[index]).sum(0)
+            b, m = self.get_base_bias(), self.idlora_mean[adapter_name].to(dtype)
+            c = (a * (-m if b is None else b.to(dtype) - m)[index]).sum(0)
         return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype), c
 
     def get_base_bias(self) -> Tensor | None:
@@ -134,8 +134,6 @@ class MergeableLayer(BaseTunerLayer):
         """Put the original ``W`` and ``b`` back, bit for bit."""
         if self.unmerged_weight is not None:
             _write(self, self.unmerged_weight, self.unmerged_bias)
-            if self.unmerged_bias is None and self.get_base_layer().bias is not None:
-                self.get_base_layer().bias = None
         self.unmerged_weight = self.unmerged_bias = None
         self.merged_adapters.clear()
 
@@ -153,22 +151,24 @@ class MergeableLayer(BaseTunerLayer):
 
 @torch.no_grad()
 def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
-    """``W`` with ``adapters`` and those it holds already, added up in float32 and rounded once to its dtype; and ``b``,
-    or None if none of them changes it.
+    """``W`` with ``adapters`` and those it holds already, added up in float32 and rounded once to its dtype; and so
+    ``b``, or None if there is none and none is needed.
 
     Raises:
         ValueError: ``safe``, and the result is not finite.
     """
     W, b = layer.get_base_weight(), layer.get_base_bias()
-    weight, bias, dtype = W.to(accumulate(W.dtype), copy=True), None, W.dtype if b is None else b.dtype
+    weight, bias = W.to(accumulate(W.dtype), copy=True), b
     for adapter in (*layer.merged_adapters, *adapters):
         matrix, vector = layer.update(adapter)
         weight += matrix
         if vector is not None:
-            bias = vector + (bias if bias is not None else 0 if b is None else b)
+            bias = vector if bias is None else bias + vector
+    weight = weight.to(W.dtype)
     if b is None and bias is not None and not bias.any():  # a mean that was never taken: no bias is needed
         bias = None
-    weight, bias = weight.to(W.dtype), None if bias is None else bias.to(dtype)
+    elif bias is not None:
+        bias = bias.to(W.dtype if b is None else b.dtype)
     if safe and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise ValueError(
             f"layer {layer.name!r}: NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
@@ -179,13 +179,14 @@ def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Ten
 
 @torch.no_grad()
 def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Make ``W`` and ``b`` of the base layer these; a bias that is None is taken away."""
     # Not `.data =`: the weight of an expert is a view, made anew at each access.
     base = layer.get_base_layer()
     base_weight(base, None).copy_(weight)
-    if bias is not None and base.bias is None:
-        base.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    elif bias is not None:
+    if base.bias is not None and bias is not None:
         base.bias.copy_(bias)
+    elif base.bias is not bias:
+        base.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
 
 
 def _new(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

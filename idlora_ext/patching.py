@@ -57,12 +57,11 @@ def apply(
     if unknown := sorted(set(fields) - known):
         raise TypeError(f"apply: IdLoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if config is None:  # made at once, as a preset yields to what is given and not to defaults
-        config = IdLoraConfig(**fields)
+        config = IdLoraConfig(**fields, index_stored=False)
     else:
         config = copy.deepcopy(config)
         config.begin()
-        config = dataclasses.replace(config, **fields)
-    config.index_stored = False
+        config = dataclasses.replace(config, **fields, index_stored=False)
     return inject(model, config, adapter_name, progress=progress)
 
 

@@ -58,15 +58,6 @@ METHODS: dict[str, Method] = {
     "lora-fa-r8": Method(_lora(8, kind="LoRA-FA")),
     "idlora-r128": Method(_idlora(128)),
     "idlora-r128-static": Method(_idlora(128, router="static")),
-    # As many parameters, moved to where a gradient of B is largest for each: to the narrow layers from gate and up.
-    "idlora-r32-budget": Method(
-        _idlora(
-            32,
-            router="static",
-            center=True,
-            rank_pattern={"q_proj": 56, "o_proj": 56, "down_proj": 64, "gate_proj": 16, "up_proj": 16},
-        )
-    ),
     "idlora-r128-centered": Method(_idlora(128, router="static", center=True), centre=3e-4),
     "miss-r32": Method({"kind": "MissConfig", "r": 32}),
     "lora-r32": Method(_lora(32)),
@@ -79,6 +70,15 @@ METHODS: dict[str, Method] = {
     "lily-r32": Method({"kind": "LilyConfig", "r": 32, "stride_A": 4, "num_B": 8}),
     "randlora-r32": Method({"kind": "RandLoraConfig", "r": 32}, centre=1e-3),
     "idlora-r32-bounded": Method(_idlora(32, router="bounded")),
+    # As many parameters, moved to where a gradient of B is largest for each: to the narrow layers from gate and up.
+    "idlora-r32-budget": Method(
+        _idlora(
+            32,
+            router="static",
+            center=True,
+            rank_pattern={"q_proj": 56, "o_proj": 56, "down_proj": 64, "gate_proj": 16, "up_proj": 16},
+        )
+    ),
     "idlora-r32-static-pivoted": Method(
         _idlora(32, router="static", selection="pivoted_qr", row_scale=True),
     ),
