@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -129,23 +128,37 @@ def test_rates_are_extended_while_the_best_is_at_the_edge(model):
     found = {}
 
     def find(one):
-        return found.get((one.method, one.lr))
+        return found.get((one.task, one.method, one.lr))
 
-    for one in studies.lr_study(base, find):  # the lower the rate, the better
-        found[one.method, one.lr] = {"metrics": {"held_out_loss": {"after": one.lr}}}
-    assert [rate for method, rate in found if method == "lora-r8"] == [1e-3, 3e-4, 3e-3, 1e-4, 3e-5, 1e-5]
-    assert studies.best_rate("lora-r8", base, find) == 1e-5
-    found["lora-r8", 1e-4] = {"metrics": {"held_out_loss": {"after": float("nan")}}}  # diverged
-    found["lora-r8", 1e-3] = {"metrics": {"held_out_loss": {"after": 0.0}}}
-    assert studies.best_rate("lora-r8", base, find) == 1e-3
-    assert not list(studies._further(replace(base, method="lora-r8"), find))
+    def rates(task, method="lora-r8"):
+        return [lr for at, of, lr in found if (at, of) == (task, method)]
+
+    def loss(value):
+        return {"metrics": {"held_out_loss": {"after": value}}}
+
+    # On math the lower the rate, the better, down to a hundredth of where it begins; on the others the higher.
+    for one in studies.lr_study(base, find):
+        found[one.task, one.method, one.lr] = loss(abs(one.lr - 3e-5) if one.task == "math" else -one.lr)
+    assert rates("math") == [1e-3, 3e-4, 3e-3, 1e-4, 3e-5, 1e-5]
+    assert studies.best_rate("lora-r8", "math", base, find) == 3e-5
+    assert rates("sarcasm") == rates("mixture") == [3e-5, 1e-5, *methods.LADDER[2:]]
+    assert studies.best_rate("lora-r8", "sarcasm", base, find) == 1e-1
+    assert rates("math", "dora-r8")
+    assert not rates("sarcasm", "dora-r8")
+    assert {one.lr for one in studies.quality(base, find) if one.method == "lora-r8"} == {3e-5, 1e-1}
+
+    found["math", "lora-r8", 3e-5] = loss(float("nan"))  # diverged
+    assert studies.best_rate("lora-r8", "math", base, find) == 1e-5
+    del found["math", "lora-r8", 3e-3]  # one of the first is missing: nothing is known, nor where to start elsewhere
+    assert studies.best_rate("lora-r8", "math", base, find) is None
+    assert not [one for one in studies.quality(base, find) if one.method == "lora-r8"]
 
 
 def test_report(model, tmp_path):
     base = experiment(model, "none", lr=0.0)
     done = run.measure(experiment(model))
     for method in studies.TELLING:
-        for rate in methods.METHODS[method].rates:
+        for rate in studies._first_rates(method, "math", base, lambda one: None):
             one = experiment(model, method, lr=rate)
             loss = 1.0 + abs(rate - 1e-3) + 0.1 * (method == "miss-r8")
             fake = done | {"key": one.key(), "settings": one.settings(), "variant": one.variant}

@@ -32,11 +32,6 @@ class Method:
     adapter: Adapter
     centre: float = 1e-3
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        at = LADDER.index(self.centre)
-        return LADDER[at - 1 : at + 2]
-
 
 def _lora(r: int, kind: str = "LoraConfig", alpha: int | None = None, **fields: Any) -> Adapter:
     return {"kind": kind, "r": r, "lora_alpha": alpha or 2 * r, **fields}

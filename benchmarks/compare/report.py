@@ -25,6 +25,7 @@ from .methods import LADDER, METHODS
 from .studies import (
     ABLATED,
     LR_TASK,
+    QUALITY_TASKS,
     SEEDS,
     TELLING,
     Results,
@@ -85,23 +86,27 @@ class Report:
 
     def learning_rates(self) -> str:
         """Loss of every method at every rate that was tried, the best in bold, edges marked."""
-        rows = []
-        for method in METHODS:
-            tried = losses_by_rate(method, self.base, self.find)
-            if not tried:
-                continue
-            best = min(tried, key=tried.__getitem__)
-            edge = best in (min(tried), max(tried)) and best not in (LADDER[0], LADDER[-1])
-            cells = [f"{tried[rate]:.4f}" if rate in tried else "" for rate in LADDER]
-            cells[LADDER.index(best)] = f"**{tried[best]:.4f}**"
-            rows.append([method, *cells, f"{best:g}" + (" (at the edge of what was tried)" if edge else "")])
-        title = f"## Learning rates: held-out loss on {LR_TASK}, seed {SEEDS[0]}\n\n"
-        return title + table(["method", *(f"{rate:g}" for rate in LADDER), "best"], rows) if rows else ""
+        sections = []
+        for task in QUALITY_TASKS:
+            rows = []
+            for method in METHODS:
+                tried = losses_by_rate(method, task, self.base, self.find)
+                if not tried:
+                    continue
+                best = min(tried, key=tried.__getitem__)
+                edge = best in (min(tried), max(tried)) and best not in (LADDER[0], LADDER[-1])
+                cells = [f"{tried[rate]:.4f}" if rate in tried else "" for rate in LADDER]
+                cells[LADDER.index(best)] = f"**{tried[best]:.4f}**"
+                rows.append([method, *cells, f"{best:g}" + (" (at the edge of what was tried)" if edge else "")])
+            if rows:
+                head = ["method", *(f"{rate:g}" for rate in LADDER), "best"]
+                sections.append(f"### {task}\n\n{table(head, rows)}")
+        return "\n\n".join([f"## Learning rates: held-out loss, seed {SEEDS[0]}", *sections]) if sections else ""
 
     def quality(self) -> str:
         sections = []
         experiments = list(quality(self.base, self.find))
-        for task in TASKS:
+        for task in QUALITY_TASKS:
             of_task: dict[str, dict[int, Result]] = {}
             for experiment in experiments:
                 if experiment.task == task and (result := self.find(experiment, "quality")) is not None:
@@ -130,10 +135,12 @@ class Report:
         seeds = (
             f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
         )
-        missing = [m for m in TELLING if best_rate(m, self.base, self.find) is None]
+        seeds += f" Rates are the best on seed {SEEDS[0]} of the same task."
+        pairs = [(task, method) for task in QUALITY_TASKS for method in TELLING]
+        missing = [f"{m} on {task}" for task, m in pairs if best_rate(m, task, self.base, self.find) is None]
         if missing:
             seeds += f" Not run, since their rates are not all tried: {', '.join(missing)}."
-        return "\n\n".join([f"## Quality, each method at its best rate on {LR_TASK}\n\n{seeds}", *sections])
+        return "\n\n".join([f"## Quality, each method at its best rate\n\n{seeds}", *sections])
 
     def _quality_row(self, method: str, runs: dict[int, Result], of_task: dict[str, dict[int, Result]]) -> list[str]:
         wanted = 1 if method == "none" else len(SEEDS)
@@ -200,13 +207,14 @@ class Report:
         """The router's weights over training, of each method that has a router, on every task it was trained on."""
         curves: list[tuple[list[str], dict[str, dict[str, float]]]] = []
         for method in METHODS:
-            losses = losses_by_rate(method, self.base, self.find)
-            if METHODS[method].adapter.get("router", "static") == "static" or not losses:
+            if METHODS[method].adapter.get("router", "static") == "static":
                 continue
-            rate = min(losses, key=losses.__getitem__)
-            for task in TASKS:
-                experiment = replace(self.base, method=method, task=task, lr=rate)
-                result = self.find(experiment) or self.find(experiment, "quality")
+            for task in QUALITY_TASKS:
+                losses = losses_by_rate(method, task, self.base, self.find)
+                if not losses:
+                    continue
+                rate = min(losses, key=losses.__getitem__)
+                result = self.find(replace(self.base, method=method, task=task, lr=rate))
                 alpha = result["metrics"]["alpha"] if result else {}
                 for part in TASKS[task] if alpha else ():
                     trained = task if part == task else f"{task}: {part}"

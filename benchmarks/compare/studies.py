@@ -13,7 +13,8 @@ from .experiment import Experiment
 from .methods import LADDER, METHODS
 
 SEEDS = (0, 1, 2)
-LR_TASK = "math"
+QUALITY_TASKS = ("math", "sarcasm", "mixture")
+LR_TASK = QUALITY_TASKS[0]  # every method's rate is looked for on it, and the telling methods' on the others as well
 TELLING = (
     "lora-r8", "miss-r8", "idlora-r32-centered", "idlora-r32",
     "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
@@ -87,22 +88,36 @@ def loss_after(result: dict[str, Any]) -> float:
 
 
 def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """Every method at three rates on one task and seed, then further out while the best is the last on its side.
+    """Methods at three rates on one seed, then further out while the best is the last on its side.
 
-    The telling methods first, since ``quality`` waits for them.
+    The telling methods first, since ``quality`` waits for them, on one task after the other; then the others, on
+    ``LR_TASK`` alone. A rate that is best on one task may fail on another: on those that follow a method starts from
+    its best on the first.
     """
-    yield replace(base, method="none", lr=0.0)
-    for methods in (TELLING, [method for method in METHODS if method not in (*TELLING, "none")]):
+    others = [method for method in METHODS if method not in (*TELLING, "none")]
+    for methods, task in (*((TELLING, task) for task in QUALITY_TASKS), (others, LR_TASK)):
+        yield replace(base, method="none", task=task, lr=0.0)
+        starts = {method: _first_rates(method, task, base, find) for method in methods}
         for at in (1, 0, 2):  # the centres of all first
-            for method in methods:
-                yield replace(base, method=method, lr=METHODS[method].rates[at])
-        for method in methods:
-            yield from _further(replace(base, method=method), find)
+            for method, rates in starts.items():
+                if at < len(rates):
+                    yield replace(base, method=method, task=task, lr=rates[at])
+        for method, rates in starts.items():
+            yield from _further(replace(base, method=method, task=task), rates, find)
 
 
-def _further(base: Experiment, find: Find) -> Iterable[Experiment]:
-    rates = list(METHODS[base.method].rates)
-    while True:
+def _first_rates(method: str, task: str, base: Experiment, find: Find) -> tuple[float, ...]:
+    """Those tried first: about the method's centre, or about its best on ``LR_TASK``; none before that is known."""
+    centre = METHODS[method].centre if task == LR_TASK else best_rate(method, LR_TASK, base, find)
+    if centre is None:
+        return ()
+    at = LADDER.index(centre)
+    return LADDER[max(at - 1, 0) : at + 2]
+
+
+def _further(base: Experiment, first: Iterable[float], find: Find) -> Iterable[Experiment]:
+    rates = list(first)
+    while rates:
         found = {rate: find(replace(base, lr=rate)) for rate in rates}
         if any(result is None for result in found.values()):
             return
@@ -115,30 +130,27 @@ def _further(base: Experiment, find: Find) -> Iterable[Experiment]:
         rates.append(wanted[0])
 
 
-def losses_by_rate(method: str, base: Experiment, find: Find) -> dict[float, float]:
-    """Losses at the rates that ``lr`` has tried so far, on its task and seed."""
-    tried = {rate: find(replace(base, method=method, task=LR_TASK, seed=SEEDS[0], lr=rate)) for rate in LADDER}
+def losses_by_rate(method: str, task: str, base: Experiment, find: Find) -> dict[float, float]:
+    """Losses at the rates that have been tried so far, with the first seed."""
+    tried = {rate: find(replace(base, method=method, task=task, seed=SEEDS[0], lr=rate)) for rate in LADDER}
     return {rate: loss_after(result) for rate, result in tried.items() if result is not None}
 
 
-def best_rate(method: str, base: Experiment, find: Find) -> float | None:
+def best_rate(method: str, task: str, base: Experiment, find: Find) -> float | None:
     """The best of the rates that ``lr`` has tried; None before those it begins with are there."""
-    losses = losses_by_rate(method, base, find)
-    return min(losses, key=losses.__getitem__) if set(METHODS[method].rates) <= set(losses) else None
+    losses, first = losses_by_rate(method, task, base, find), _first_rates(method, task, base, find)
+    return min(losses, key=losses.__getitem__) if first and set(first) <= set(losses) else None
 
 
 def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """The most telling methods, each at its best rate, on every task and seed: seed by seed, task by task."""
-    rates = {method: best_rate(method, base, find) for method in TELLING}
-    for task in ("math", "sarcasm", "mixture", "novels"):
+    """The most telling methods on every task and seed, each at its best rate on that task: seed by seed."""
+    rates = {(task, method): best_rate(method, task, base, find) for task in QUALITY_TASKS for method in TELLING}
+    for task in QUALITY_TASKS:
         yield replace(base, method="none", task=task, lr=0.0)
-    # All but the novels alone, which the mixture contains, for every seed; then they.
-    for tasks in (("math", "sarcasm", "mixture"), ("novels",)):
-        for seed in SEEDS:
-            for task in tasks:
-                for method, rate in rates.items():
-                    if rate is not None:
-                        yield replace(base, method=method, task=task, seed=seed, lr=rate)
+    for seed in SEEDS:
+        for (task, method), rate in rates.items():
+            if rate is not None:
+                yield replace(base, method=method, task=task, seed=seed, lr=rate)
 
 
 def ablations(base: Experiment, find: Find) -> Iterable[Experiment]:
@@ -157,7 +169,7 @@ def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experim
             form = "idlora-r32-static" if override.get("center") is False else ABLATED
             if differs.get("router") == "linear":  # quadratic in the activation: of another size
                 form = "idlora-r32"
-            rate = best_rate(form, base, find)
+            rate = best_rate(form, LR_TASK, base, find)
             if rate is not None:
                 yield group, replace(base, method=ABLATED, task=LR_TASK, override=differs, lr=rate)
 
