@@ -8,19 +8,20 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 import torch
 from compare import __main__ as cli
-from compare import cost, methods, report, roofline, run, studies, tasks
+from compare import cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
 
@@ -104,6 +105,29 @@ def test_a_run_of_each_kind(model, method, dtype):
     assert bool(metrics["alpha"]) == method.startswith("idlora")
     # The file holds what is trained, at least: VeRA's also its projections, ID-LoRA's also its rows.
     assert metrics["adapter_bytes"] > metrics["trainable_parameters"] * 2
+
+
+def test_an_encoder_classifies(model, tmp_path):
+    """Padding changes nothing, the classifier is trained, and a study of an encoder has that one task."""
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=101, **sizes)).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(model / "tokenizer.json"), unk_token="<unk>", pad_token="<end>"
+    ).save_pretrained(tmp_path)
+    base = studies.base_experiment(str(tmp_path), steps=3)
+    assert {one.task for one in studies.lr_study(base, lambda one: None)} == {"headlines"}
+    result = run.measure(replace(base, method="idlora-r32", lr=1e-2))
+    assert result["metrics"]["accuracy"]["headlines"] > 0
+    assert result["train"]["loss"][0] == pytest.approx(0.7, abs=0.1)
+
+    [part] = tasks.load_task("headlines", tmp_path.resolve(), 128).values()
+    adapted = methods.apply(objectives.load(tmp_path, torch.float32), methods.METHODS["idlora-r32"].adapter).eval()
+    assert any("classifier" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    rows = part.held_out[:8]
+    assert (rows[:, 0] == 0).any()
+    alone = torch.cat([objectives.losses(adapted, row) for row in rows.split(1)])
+    torch.testing.assert_close(objectives.losses(adapted, rows), alone)
 
 
 def test_failure_is_reported_and_nothing_is_written(model, tmp_path, monkeypatch):
@@ -236,7 +260,7 @@ def test_accuracy_is_that_of_one_choice_at_a_time():
                 likelihood = model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
             scores.append(sum(likelihood[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice)))
         right += scores.index(max(scores)) == answer
-    assert tasks.accuracy(model, problems, "cpu", batch=2) == right / 3
+    assert objectives.choice_accuracy(model, problems, "cpu", batch=2) == right / 3
 
 
 def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, monkeypatch, capsys):

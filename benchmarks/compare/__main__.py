@@ -22,9 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import RESULTS, ROOT
-from .experiment import MODEL, Experiment, model_path
+from .experiment import ENCODER, MODEL, Experiment
 from .methods import config
-from .studies import LR_TASK, STUDIES, Results, declared
+from .studies import STUDIES, Results, base_experiment, declared
 
 Running = dict[str, tuple[Experiment, subprocess.Popen, Path]]
 
@@ -39,17 +39,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="start only experiments of these methods")
     parser.add_argument("--redo", action="store_true", help="replace results of other settings or other code")
     parser.add_argument("--list", action="store_true", help="say what is there and what is missing")
-    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, or a directory")
+    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, {ENCODER}, or a directory")
     parser.add_argument("--steps", type=int, default=Experiment.steps)
     parser.add_argument("--dtype", default=Experiment.dtype)
     parser.add_argument("--device", default=Experiment.device)
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/compare)")
     options = parser.parse_args()
     fields = {name: getattr(options, name) for name in ("model", "steps", "dtype", "device")}
-    base = Experiment("none", LR_TASK, 0.0, **fields)
     try:
-        model_path(options.model)
-        return Runner(options, base).run()
+        return Runner(options, base_experiment(**fields)).run()
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
 

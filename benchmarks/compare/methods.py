@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 import idlora_ext
 
 from .hydralora import apply_hydralora
+from .objectives import classifies
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates, about half a decade apart
 Adapter = dict[str, Any]  # "kind" and the arguments of that kind
@@ -80,7 +81,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def config(adapter: Adapter) -> peft.PeftConfig | None:
+def config(adapter: Adapter, task_type: str = "CAUSAL_LM") -> peft.PeftConfig | None:
     """The PEFT configuration of an adapter; None of those that are not PEFT's.
 
     Raises:
@@ -95,14 +96,14 @@ def config(adapter: Adapter) -> peft.PeftConfig | None:
     if make is None:
         raise ValueError(f"peft {peft.__version__} has no {name}")
     try:
-        return make(task_type="CAUSAL_LM", target_modules="all-linear", **fields)
+        return make(task_type=task_type, target_modules="all-linear", **fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not take these settings: {error}") from error
 
 
 def apply(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Adapt ``model`` in place; what is returned is to be called in its stead. Only what is trained needs gradients."""
-    settings = config(adapter)
+    settings = config(adapter, "SEQ_CLS" if classifies(model) else "CAUSAL_LM")  # trains the new classifier as well
     if settings is not None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*layers are too narrow")  # the parameters are counted

@@ -20,20 +20,20 @@ from typing import Any
 from kernel_page import table
 
 from . import RESULTS, cost, roofline
-from .experiment import MODEL, Experiment
+from .experiment import ENCODER, MODEL, Experiment
 from .methods import LADDER, METHODS
 from .studies import (
     ABLATED,
-    LR_TASK,
-    QUALITY_TASKS,
     SEEDS,
-    TELLING,
     Results,
     ablation_groups,
+    base_experiment,
     best_rate,
     loss_after,
     losses_by_rate,
     quality,
+    quality_tasks,
+    telling,
 )
 from .tasks import TASKS
 
@@ -87,7 +87,7 @@ class Report:
     def learning_rates(self) -> str:
         """Loss of every method at every rate that was tried, the best in bold, edges marked."""
         sections = []
-        for task in QUALITY_TASKS:
+        for task in quality_tasks(self.base):
             rows = []
             for method in METHODS:
                 tried = losses_by_rate(method, task, self.base, self.find)
@@ -106,7 +106,7 @@ class Report:
     def quality(self) -> str:
         sections = []
         experiments = list(quality(self.base, self.find))
-        for task in QUALITY_TASKS:
+        for task in quality_tasks(self.base):
             of_task: dict[str, dict[int, Result]] = {}
             for experiment in experiments:
                 if experiment.task == task and (result := self.find(experiment, "quality")) is not None:
@@ -136,7 +136,7 @@ class Report:
             f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
         )
         seeds += f" Rates are the best on seed {SEEDS[0]} of the same task."
-        pairs = [(task, method) for task in QUALITY_TASKS for method in TELLING]
+        pairs = [(task, method) for task in quality_tasks(self.base) for method in telling(self.base)]
         missing = [f"{m} on {task}" for task, m in pairs if best_rate(m, task, self.base, self.find) is None]
         if missing:
             seeds += f" Not run, since their rates are not all tried: {', '.join(missing)}."
@@ -183,7 +183,7 @@ class Report:
         note += (
             f"Rates are the best of {ABLATED}; of idlora-r32 for linear routers, of idlora-r32-static without center."
         )
-        return f"## Ablations on {LR_TASK}\n\n{note}\n\n" + table(head, rows)
+        return f"## Ablations on {self.base.task}\n\n{note}\n\n" + table(head, rows)
 
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:
         found = {seed: self.find(replace(experiment, seed=seed), "ablations") for seed in SEEDS}
@@ -196,7 +196,7 @@ class Report:
         if not runs:
             return [group, name, f"{experiment.lr:g}", "", f"(0 of {len(SEEDS)})", "", ""]
         metrics = [result["metrics"] for result in runs.values()]
-        last = [m["alpha"][max(m["alpha"], key=int)][LR_TASK] for m in metrics if m["alpha"]]
+        last = [m["alpha"][max(m["alpha"], key=int)][self.base.task] for m in metrics if m["alpha"]]
         alpha = "; ".join(f"{statistics.mean(a[key] for a in last):.3f}" for key in ("mean", "spread")) if last else ""
         loss = spread(map(loss_after, runs.values()), len(SEEDS))
         less = spread(differences(runs, plain), len(SEEDS), sign=True)
@@ -209,7 +209,7 @@ class Report:
         for method in METHODS:
             if METHODS[method].adapter.get("router", "static") == "static":
                 continue
-            for task in QUALITY_TASKS:
+            for task in quality_tasks(self.base):
                 losses = losses_by_rate(method, task, self.base, self.find)
                 if not losses:
                     continue
@@ -358,14 +358,14 @@ def plot_differences(task: str, of_task: dict[str, dict[int, Result]], path: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, or a directory")
+    parser.add_argument("--model", default=MODEL, help=f"{MODEL}, {ENCODER}, or a directory")
     parser.add_argument("--steps", type=int, default=Experiment.steps)
     parser.add_argument("--dtype", default=Experiment.dtype)
     parser.add_argument("--device", default=Experiment.device)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     fields = {name: getattr(options, name) for name in ("model", "steps", "dtype", "device")}
-    print(Report(options.results, Experiment("none", LR_TASK, 0.0, **fields)).write())
+    print(Report(options.results, base_experiment(**fields)).write())
 
 
 if __name__ == "__main__":

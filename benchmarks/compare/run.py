@@ -21,20 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from machine import describe
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
+from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
 import idlora_ext
-from idlora_ext.data import IGNORED
 
-from . import ROOT, methods
+from . import ROOT, methods, objectives
 from .alpha import AlphaStatistics
 from .experiment import Experiment, model_path, write_json
-from .tasks import Part, accuracy, load_task
+from .tasks import Part, load_task
 
 CURVE_SHARE = 4  # one of so many held-out rows, at the points between the first and the last
 
@@ -48,8 +45,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     path = model_path(experiment.model)
     parts = load_task(experiment.task, path, experiment.length)
     set_seed(experiment.seed)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, experiment.dtype)).to(device)
-    model.config.use_cache = False
+    model = objectives.load(path, getattr(torch, experiment.dtype)).to(device)
     adapting = time.process_time()
     model = methods.apply(model, seeded(experiment.adapter, experiment.seed))
     adapting = time.process_time() - adapting
@@ -70,7 +66,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
             model.train()
             chosen = order[torch.arange(step * experiment.batch, (step + 1) * experiment.batch) % len(order)]
             begun, cpu_begun = time.perf_counter(), time.process_time()
-            loss = token_losses(model, rows[chosen].to(device)).mean()
+            loss = objectives.losses(model, rows[chosen].to(device)).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
             optimizer.step()
@@ -88,6 +84,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         alpha_curve[steps] = alpha.measure(parts, device)
         train |= {"wall_seconds": wall, "cpu_seconds": cpu, "tokens": steps * experiment.batch * experiment.length}
     model.eval()
+    accuracies = {name: objectives.accuracy(model, part, device) for name, part in parts.items()}
     return {
         "key": key,
         "settings": settings,
@@ -99,7 +96,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
                 str(step): {"share_of_rows": 1 if step in (0, steps) else 1 / CURVE_SHARE, **losses}
                 for step, losses in held_out.items()
             },
-            "accuracy": {name: accuracy(model, part.problems, device) for name, part in parts.items() if part.problems},
+            "accuracy": {name: value for name, value in accuracies.items() if value is not None},
             "trainable_parameters": sum(parameter.numel() for parameter in trainable(model)),
             "adapter_bytes": adapter_bytes(model),
             "alpha": {str(step): found for step, found in alpha_curve.items() if found},
@@ -128,25 +125,16 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def token_losses(model: Any, rows: Tensor) -> Tensor:
-    """The loss of every token there is a label for. ``rows``: ``[batch, 2, length]``, tokens and labels."""
-    ids, labels = rows[:, 0], rows[:, 1]
-    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
-    labels = labels[:, 1:].flatten()
-    kept = labels != IGNORED
-    return F.cross_entropy(logits[kept], labels[kept], reduction="none")
-
-
 @torch.no_grad()
 def evaluate(model: Any, parts: dict[str, Part], experiment: Experiment, share: int = 1) -> dict[str, float]:
-    """Held-out loss of each part, a mean over the tokens of the first ``1 / share`` of its rows."""
+    """Held-out loss of each part, a mean over the labels of the first ``1 / share`` of its rows."""
     model.eval()
-    losses = {}
+    means = {}
     for name, part in parts.items():
         batches = part.held_out[: math.ceil(len(part.held_out) / share)].split(experiment.batch)
-        tokens = torch.cat([token_losses(model, batch.to(experiment.device)) for batch in batches])
-        losses[name] = tokens.double().mean().item()
-    return losses
+        tokens = torch.cat([objectives.losses(model, batch.to(experiment.device)) for batch in batches])
+        means[name] = tokens.double().mean().item()
+    return means
 
 
 def mean(losses: dict[str, float]) -> float:

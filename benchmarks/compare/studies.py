@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .experiment import Experiment
+from .experiment import Experiment, model_path
 from .methods import LADDER, METHODS
+from .objectives import is_encoder
+from .tasks import HEADLINES
 
 SEEDS = (0, 1, 2)
 QUALITY_TASKS = ("math", "sarcasm", "mixture")
-LR_TASK = QUALITY_TASKS[0]  # every method's rate is looked for on it, and the telling methods' on the others as well
 TELLING = (
     "lora-r8", "miss-r8", "idlora-r32-centered", "idlora-r32",
     "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
@@ -81,6 +82,23 @@ class Results:
 Find = Callable[[Experiment], dict[str, Any] | None]
 
 
+def base_experiment(model: str, **fields: Any) -> Experiment:
+    """What all experiments on a model have in common; the task is the one on which rates are looked for first."""
+    if is_encoder(model_path(model)):
+        return Experiment("none", HEADLINES, 0.0, model=model, batch=32, **fields)
+    return Experiment("none", QUALITY_TASKS[0], 0.0, model=model, **fields)
+
+
+def quality_tasks(base: Experiment) -> tuple[str, ...]:
+    """The tasks on which the telling methods are compared, the base experiment's first."""
+    return QUALITY_TASKS if base.task in QUALITY_TASKS else (base.task,)
+
+
+def telling(base: Experiment) -> tuple[str, ...]:
+    """The most telling methods; r=128 does not fit a small encoder, nor then what it is compared with."""
+    return TELLING if base.task in QUALITY_TASKS else TELLING[:5]
+
+
 def loss_after(result: dict[str, Any]) -> float:
     """Held-out loss at the end; infinite for a run that diverged."""
     loss = result["metrics"]["held_out_loss"]["after"]
@@ -90,12 +108,13 @@ def loss_after(result: dict[str, Any]) -> float:
 def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
     """Methods at three rates on one seed, then further out while the best is the last on its side.
 
-    The telling methods first, since ``quality`` waits for them, on one task after the other; then the others, on
-    ``LR_TASK`` alone. A rate that is best on one task may fail on another: on those that follow a method starts from
-    its best on the first.
+    The telling methods first, since ``quality`` waits for them, on one task after the other; then the others of a
+    language model on the first alone. A rate that is best on one task may fail on another: on those that follow a
+    method starts from its best on the first.
     """
-    others = [method for method in METHODS if method not in (*TELLING, "none")]
-    for methods, task in (*((TELLING, task) for task in QUALITY_TASKS), (others, LR_TASK)):
+    tasks, best = quality_tasks(base), telling(base)
+    others = [method for method in METHODS if method not in (*TELLING, "none")] if best == TELLING else []
+    for methods, task in (*((best, task) for task in tasks), (others, base.task)):
         yield replace(base, method="none", task=task, lr=0.0)
         starts = {method: _first_rates(method, task, base, find) for method in methods}
         for at in (1, 0, 2):  # the centres of all first
@@ -107,8 +126,8 @@ def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
 
 
 def _first_rates(method: str, task: str, base: Experiment, find: Find) -> tuple[float, ...]:
-    """Those tried first: about the method's centre, or about its best on ``LR_TASK``; none before that is known."""
-    centre = METHODS[method].centre if task == LR_TASK else best_rate(method, LR_TASK, base, find)
+    """Those tried first: about the method's centre, or about its best on the first task; none before that is known."""
+    centre = METHODS[method].centre if task == base.task else best_rate(method, base.task, base, find)
     if centre is None:
         return ()
     at = LADDER.index(centre)
@@ -144,8 +163,9 @@ def best_rate(method: str, task: str, base: Experiment, find: Find) -> float | N
 
 def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
     """The most telling methods on every task and seed, each at its best rate on that task: seed by seed."""
-    rates = {(task, method): best_rate(method, task, base, find) for task in QUALITY_TASKS for method in TELLING}
-    for task in QUALITY_TASKS:
+    tasks = quality_tasks(base)
+    rates = {(task, method): best_rate(method, task, base, find) for task in tasks for method in telling(base)}
+    for task in tasks:
         yield replace(base, method="none", task=task, lr=0.0)
     for seed in SEEDS:
         for (task, method), rate in rates.items():
@@ -169,9 +189,9 @@ def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experim
             form = "idlora-r32-static" if override.get("center") is False else ABLATED
             if differs.get("router") == "linear":  # quadratic in the activation: of another size
                 form = "idlora-r32"
-            rate = best_rate(form, LR_TASK, base, find)
+            rate = best_rate(form, base.task, base, find)
             if rate is not None:
-                yield group, replace(base, method=ABLATED, task=LR_TASK, override=differs, lr=rate)
+                yield group, replace(base, method=ABLATED, override=differs, lr=rate)
 
 
 Study = Callable[[Experiment, Find], Iterable[Experiment]]

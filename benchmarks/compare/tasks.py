@@ -1,7 +1,8 @@
-"""The tasks: real data, split without leakage, tokenised and packed once, and how well choices are told apart.
+"""The tasks: real data, split without leakage, tokenised and packed once.
 
-Every document is closed by the end-of-text token and documents are packed into rows of one length, so that a step is
-the same work for every task; a document can see the ones before it in its row, in every method alike.
+For language models every document is closed by the end-of-text token and documents are packed into rows of one length,
+so that a step is the same work for every task; a document can see the ones before it in its row, in every method alike.
+An encoder reads one document a row.
 Which side of the split a document is on is a hash of what it is about, with its numbers taken out, so that neither
 duplicates nor the same word problem with other numbers are on both.
 
@@ -21,7 +22,7 @@ import subprocess
 import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,8 @@ from . import ROOT
 HELD_OUT = 10  # one document in so many
 ROWS, HELD_OUT_ROWS = 4096, 48  # at most, of each task
 MIXTURE_HELD_OUT_ROWS = 16  # of each part: as many in all
+HEADLINES = "headlines"  # the task of encoders: those of `sarcasm`, to be classified
+HEADLINE_ROWS, HELD_OUT_HEADLINES = 16384, 1024
 VERSION = 2  # of what this file makes of the data
 
 
@@ -53,7 +56,8 @@ class Document:
 
 @dataclass
 class Part:
-    """Tokens of one task. ``train`` and ``held_out`` are ``[rows, 2, length]``: tokens, and labels.
+    """Tokens of one task. ``train`` and ``held_out`` are ``[rows, 2, length]``: tokens, and labels. Of headlines the
+    first label is the class and there are no others; behind them is padding.
 
     ``problems``: of each the tokens of the prompt, those of each choice, and which choice is right.
     """
@@ -92,7 +96,10 @@ SOURCES: dict[str, tuple[Callable[[], Iterator[Document]], int]] = {
     "sarcasm": (sarcasm, 128),
     "novels": (novels, 0),
 }
-TASKS: dict[str, tuple[str, ...]] = {**{name: (name,) for name in SOURCES}, "mixture": tuple(SOURCES)}
+TASKS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in (*SOURCES, HEADLINES)},
+    "mixture": ("math", "sarcasm", "novels"),
+}
 
 
 def load_task(task: str, model: Path, length: int) -> dict[str, Part]:
@@ -112,31 +119,6 @@ def task_digest(task: str, model: Path, length: int) -> str:
     return hashlib.sha256("".join([str(MIXTURE_HELD_OUT_ROWS), *digests]).encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
-def accuracy(model: Any, problems: list[tuple[list[int], list[list[int]], int]], device: str, batch: int = 16) -> float:
-    """How often the right choice is the likeliest, by the sum over its tokens."""
-    scores = [[0.0] * len(choices) for _, choices, _ in problems]
-    reads: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # choices of one token are all read off the prompt
-    for i, (prompt, choices, _) in enumerate(problems):
-        for j, choice in enumerate(choices):
-            reads.setdefault((*prompt, *choice[:-1]), []).append((i, j))
-    rows = sorted(reads, key=len)  # rows of a batch are about equally long
-    for at in range(0, len(rows), batch):
-        block = rows[at : at + batch]
-        ids = torch.zeros(len(block), len(block[-1]), dtype=torch.long)  # padded on the right, which none attends to
-        for row, read in zip(ids, block, strict=True):
-            row[: len(read)] = torch.tensor(read)
-        for read, logits in zip(block, model(input_ids=ids.to(device)).logits, strict=True):
-            for i, j in reads[read]:
-                prompt, choice = problems[i][0], problems[i][1][j]
-                likelihoods = logits[len(prompt) - 1 : len(read)].float().log_softmax(-1).cpu()
-                scores[i][j] = float(likelihoods.gather(1, torch.tensor(choice)[:, None]).sum())
-    right = [
-        max(range(len(s)), key=s.__getitem__) == answer for s, (_, _, answer) in zip(scores, problems, strict=True)
-    ]
-    return sum(right) / len(right)
-
-
 @cache
 def _part(name: str, model: Path, length: int) -> Part:
     tokenizer_digest = hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest()[:12]
@@ -145,7 +127,8 @@ def _part(name: str, model: Path, length: int) -> Part:
     if not file.is_file():
         cache_folder.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}")
-        torch.save(vars(_tokenise(name, AutoTokenizer.from_pretrained(model), length)), aside)
+        tokenise = _tokenise_headlines if name == HEADLINES else _tokenise
+        torch.save(vars(tokenise(name, AutoTokenizer.from_pretrained(model), length)), aside)
         os.replace(aside, file)
     return Part(**torch.load(file, weights_only=True))
 
@@ -154,13 +137,7 @@ def _tokenise(name: str, tokenizer: Any, length: int) -> Part:
     if tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end-of-text token (eos_token), which closes every document")
     source, count = SOURCES[name]
-    sides: tuple[list[tuple[bytes, Document]], ...] = ([], [])
-    for document in source():
-        about = re.sub(r"\d+", "0", document.prompt or document.answer)
-        held_out = hashlib.sha256(about.encode()).digest()[0] % HELD_OUT == 0
-        order = hashlib.sha256(f"{document.prompt}{document.answer}".encode()).digest()
-        sides[held_out].append((order, document))
-    train, held_out = ([document for _, document in sorted(side, key=lambda one: one[0])] for side in sides)
+    train, held_out = _split(source())
     problems = []
     for document in held_out:
         if len(problems) < count and document.choices.count(document.answer) == 1:
@@ -170,10 +147,38 @@ def _tokenise(name: str, tokenizer: Any, length: int) -> Part:
     rows = [_pack(side, tokenizer, length, most) for side, most in ((train, ROWS), (held_out, HELD_OUT_ROWS))]
     if not all(len(side) for side in rows):
         raise ValueError(f"task {name}: too few documents for a row of {length} tokens on each side of the split")
+    return Part(*rows, problems, _digest(rows, problems))
+
+
+def _tokenise_headlines(_: str, tokenizer: Any, length: int) -> Part:
+    records = (Document(record["text"], str(record["label"])) for record in _records("sarcasm.jsonl.gz"))
+    rows = []
+    for side, most in zip(_split(records), (HEADLINE_ROWS, HELD_OUT_HEADLINES), strict=True):
+        texts = [document.prompt for document in side[:most]]
+        ids = tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt").input_ids
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, 0] = torch.tensor([int(document.answer) for document in side[:most]])
+        rows.append(torch.stack([ids, labels], dim=1))
+    return Part(*rows, [], _digest(rows, []))
+
+
+def _split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """To train on, and held out; each side in the order of a hash."""
+    sides: tuple[list[tuple[bytes, Document]], ...] = ([], [])
+    for document in documents:
+        about = re.sub(r"\d+", "0", document.prompt or document.answer)
+        held_out = hashlib.sha256(about.encode()).digest()[0] % HELD_OUT == 0
+        order = hashlib.sha256(f"{document.prompt}{document.answer}".encode()).digest()
+        sides[held_out].append((order, document))
+    train, held_out = ([document for _, document in sorted(side, key=lambda one: one[0])] for side in sides)
+    return train, held_out
+
+
+def _digest(rows: list[Tensor], problems: list[Any]) -> str:
     sha = hashlib.sha256(json.dumps(problems).encode())
     for tensor in rows:
         sha.update(array("q", tensor.flatten().tolist()).tobytes())
-    return Part(*rows, problems, sha.hexdigest()[:16])
+    return sha.hexdigest()[:16]
 
 
 def _pack(documents: list[Document], tokenizer: Any, length: int, most: int) -> Tensor:
