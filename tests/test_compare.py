@@ -195,7 +195,7 @@ def test_report(model, tmp_path):
     assert "| 1.1000 (1 of 3) | +0.1000 (1 of 3) |" in rows[0]
     assert "| 1.0000 (1 of 3) |" in text  # the ablations take the very same experiment from the other study
     assert (tmp_path / f"{model.name}--quality_math.svg").is_file()
-    assert (tmp_path / f"{model.name}--differences_math.svg").is_file()
+    assert (tmp_path / f"{model.name}--differences.svg").is_file()
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

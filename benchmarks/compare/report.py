@@ -35,7 +35,7 @@ from .studies import (
     quality_tasks,
     telling,
 )
-from .tasks import TASKS
+from .tasks import HEADLINES, TASKS
 
 REFERENCES = ("lora-r8", "miss-r8")  # what differences are to
 Result = dict[str, Any]
@@ -70,13 +70,14 @@ class Report:
         return path
 
     def head(self) -> str:
-        base = self.base
+        base, encoder = self.base, self.base.task == HEADLINES
+        rows = f"{base.batch} headlines" if encoder else f"{base.batch} x {base.length} tokens"
         machines = sorted({result["machine"]["cpu"] for result in self.found.values()}) or ["no results yet"]
         return (
             "# ID-LoRA beside other methods\n\nWritten by `python -m benchmarks.compare.report`; do not edit.\n\n"
-            f"{Path(base.model).name}, {base.dtype}, {base.steps} steps of {base.batch} x {base.length} tokens, AdamW "
-            "without weight decay, gradients clipped to norm 1, cosine schedule after a tenth of warm-up, for every "
-            f"method alike (`run.py`). Machines: {', '.join(machines)}. Losses are nats per token on held-out rows."
+            f"{Path(base.model).name}, {base.dtype}, {base.steps} steps of {rows}, AdamW without weight decay, "
+            "gradients clipped to norm 1, cosine schedule after a tenth of warm-up, for every method alike (`run.py`). "
+            f"Machines: {', '.join(machines)}. Losses are nats per {'headline' if encoder else 'token'}, held out."
         )
 
     def tail(self) -> list[str]:
@@ -104,7 +105,7 @@ class Report:
         return "\n\n".join([f"## Learning rates: held-out loss, seed {SEEDS[0]}", *sections]) if sections else ""
 
     def quality(self) -> str:
-        sections = []
+        sections, of_tasks = [], {}
         experiments = list(quality(self.base, self.find))
         for task in quality_tasks(self.base):
             of_task: dict[str, dict[int, Result]] = {}
@@ -127,11 +128,12 @@ class Report:
             name = f"{self.prefix}quality_{task}.svg"
             plot_parameters(task, of_task, self.folder / name)
             sections[-1] += f"\n\n![loss and parameters]({name})"
-            name = f"{self.prefix}differences_{task}.svg"
-            if plot_differences(task, of_task, self.folder / name):
-                sections[-1] += f"\n\n![paired differences]({name})"
+            of_tasks[task] = of_task
         if not sections:
             return ""
+        name = f"{self.prefix}differences.svg"
+        if plot_differences(of_tasks, self.folder / name):
+            sections.append(f"### Paired differences\n\n![paired differences]({name})")
         seeds = (
             f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
         )
@@ -303,17 +305,22 @@ def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = F
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
 
 
-def _axes(title: str, **labels: str) -> tuple[Any, Any]:
+def _panels(number: int) -> tuple[Any, list[Any]]:
+    """A figure of so many panels side by side, which share what is on the left."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["svg.hashsalt"] = "idlora"  # the same results, the same file
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, **labels)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e7eb")
-    return figure, axes
+    figure = Figure(figsize=(3.6 + 3.4 * number, 4.2), layout="constrained")
+    panels = figure.subplots(1, number, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e7eb")
+    return figure, list(panels)
+
+
+def _colour(method: str) -> str:
+    return "#c2410c" if method.startswith("idlora") else "#475569"
 
 
 def _bars(values: list[float]) -> tuple[float, float]:
@@ -322,36 +329,38 @@ def _bars(values: list[float]) -> tuple[float, float]:
 
 def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> None:
     """Loss over trainable parameters."""
+    figure, [axes] = _panels(1)
     title = f"{task}: mean and standard deviation over seeds"
-    figure, axes = _axes(title, xlabel="trainable parameters", ylabel="held-out loss")
+    axes.set(title=title, xlabel="trainable parameters", ylabel="held-out loss", xscale="log")
     for method, runs in of_task.items():
         count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
         losses = [loss_after(result) for result in runs.values()]
         if count and all(map(math.isfinite, losses)):
             mean, deviation = _bars(losses)
-            colour = "#c2410c" if method.startswith("idlora") else "#475569"
-            axes.errorbar(count, mean, deviation, fmt="o", color=colour, capsize=3)
+            axes.errorbar(count, mean, deviation, fmt="o", color=_colour(method), capsize=3)
             label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
             axes.annotate(label, (count, mean), (5, 4), textcoords="offset points", fontsize="small")
-    axes.set_xscale("log")
     figure.savefig(path, metadata={"Date": None})
 
 
-def plot_differences(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> bool:
-    """Paired differences to the first reference; False if there are none."""
-    reference = of_task.get(REFERENCES[0], {})
-    pairs = {m: differences(r, reference) for m, r in of_task.items() if m not in (REFERENCES[0], "none")}
-    pairs = {method: values for method, values in pairs.items() if values and all(map(math.isfinite, values))}
-    if not pairs:
+def plot_differences(of_tasks: dict[str, dict[str, dict[int, Result]]], path: Path) -> bool:
+    """Paired differences to the first reference, a panel for each task; False if there are none."""
+    of_tasks = {task: of_task for task, of_task in of_tasks.items() if of_task.get(REFERENCES[0])}
+    methods = [m for m in METHODS if m not in (REFERENCES[0], "none") and any(m in of for of in of_tasks.values())]
+    if not methods:
         return False
-    figure, axes = _axes(f"{task}: loss minus that of {REFERENCES[0]}, same seed", xlabel="left is better")
-    for at, (method, values) in enumerate(reversed(pairs.items())):
-        mean, deviation = _bars(values)
-        colour = "#c2410c" if method.startswith("idlora") else "#475569"
-        axes.errorbar(mean, at, xerr=deviation, fmt="o", color=colour, capsize=3)
-        axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
-    axes.set_yticks(range(len(pairs)), list(pairs)[::-1])
-    axes.axvline(0, color="black", linewidth=1)
+    figure, panels = _panels(len(of_tasks))
+    for axes, (task, of_task) in zip(panels, of_tasks.items(), strict=True):
+        axes.set(title=f"{task}: loss minus that of {REFERENCES[0]}", xlabel="left is better")
+        for at, method in enumerate(reversed(methods)):
+            values = differences(of_task.get(method, {}), of_task[REFERENCES[0]])
+            if values and all(map(math.isfinite, values)):
+                mean, deviation = _bars(values)
+                colour = _colour(method)
+                axes.errorbar(mean, at, xerr=deviation, fmt="o", color=colour, capsize=3)
+                axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
+        axes.axvline(0, color="black", linewidth=1)
+    panels[0].set_yticks(range(len(methods)), methods[::-1])
     figure.savefig(path, metadata={"Date": None})
     return True
 
