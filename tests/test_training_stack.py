@@ -170,8 +170,13 @@ def test_autocast_forward_and_backward(kind, dtype):
     reference = _explicit(model.float())
     with torch.autocast("cpu", dtype):
         plain = gradients(reference, batch(4, 16), scale=scale)
+    finfo = torch.finfo(dtype)
+    largest = max(gradient.norm() for gradient in exact[1].values())
     for name, gradient in exact[1].items():
         error, allowed = ((g[1][name].double() - gradient).norm() for g in (low, plain))
+        if scale * gradient.norm() < finfo.smallest_normal:  # a saturated softmax has none: what both find is rounding
+            assert error <= finfo.eps * largest, (name, error, largest)
+            continue
         assert error <= 3 * allowed + 1e-6 * gradient.norm(), (name, error, allowed)
     assert (low[0] - exact[0]).abs() <= 2 * (plain[0] - exact[0]).abs() + torch.finfo(dtype).eps * exact[0]
 
