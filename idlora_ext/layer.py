@@ -179,18 +179,23 @@ class IdLoraLayer(MergeableLayer):
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
         """``y0``, the layer's bias, and whether ``y0`` contains it.
 
-        A plain linear layer is called without its bias, which the epilogue then adds: subtracting it again from a
-        low-precision output would lose digits. Any other layer adds its bias itself, and so does one with an adapter
-        that is centred, by a mean which contains the bias.
+        The product of a plain linear layer is without its bias, which the epilogue then adds: subtracting it again from
+        a low-precision output would lose digits. Any other layer adds its bias itself, and so does the product where an
+        adapter is centred, by a mean which contains the bias.
         """
         layer: Any = self._modules["base_layer"]
-        if args or kwargs or self.centered or not is_plain(layer):
+        if args or kwargs or not is_plain(layer):
             bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
             y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
-        bias, weight = layer.bias, layer.weight
-        y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight)
-        return y0, None if bias is None else _beside(distributed.local(bias), y0), False
+        held = layer._parameters  # past nn.Module's lookups, which decoding feels in every layer
+        bias, weight = (held["bias"], held["weight"]) if len(held) == 2 else (layer.bias, layer.weight)
+        if isinstance(layer, Conv1D):
+            weight = weight.t()
+        y0 = F.linear(h, weight, bias if self.centered else None)
+        if bias is None:
+            return y0, None, False
+        return y0, _beside(distributed.local(bias), y0), bool(self.centered)
 
     @torch.no_grad()
     def _take_mean(self, adapters: Iterable[str], y0: Tensor) -> None:
@@ -236,7 +241,7 @@ class IdLoraLayer(MergeableLayer):
         self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None
     ) -> Tensor | None:
         """What is subtracted from the columns of ``y0`` that are gathered: ``m``, or the bias that ``y0`` contains."""
-        mean = _beside(self._held("idlora_mean").get(adapter), y0)
+        mean = _beside(self._modules["idlora_mean"]._buffers.get(adapter), y0)
         if mean is None:
             return bias
         return mean if columns is None else mean[columns.first : columns.last]
@@ -263,15 +268,10 @@ class IdLoraLayer(MergeableLayer):
             self.scaling[adapter] = self.configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
 
     def _active_here(self) -> list[str]:
-        held, active = self._held("idlora_B"), self._active_adapter
+        held, active = self._modules["idlora_B"]._parameters, self._active_adapter
         if isinstance(active, str):
             return [active] if active in held else []
         return [adapter for adapter in active if adapter in held]
-
-    def _held(self, name: str) -> dict[str, Any]:
-        """A dictionary of the layer's by adapter, past nn.Module's lookups, which decoding feels in every layer."""
-        holder: Any = self._modules[name]
-        return holder._buffers if isinstance(holder, BufferDict) else holder._parameters
 
 
 class Linear(nn.Module, IdLoraLayer):
@@ -308,14 +308,21 @@ class Linear(nn.Module, IdLoraLayer):
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        epilogue = self._by_operator
+        if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
+            epilogue = self._by_adapt
+        if profiling.off():
+            return epilogue(adapters, y0, bias, bias_in_y0)
         with profiling.layer(self.name):
-            if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
-                index, router, B = self._tensors(adapters[0], y0.dtype)
-                offset = self._offset(y0, None, adapters[0], bias if bias_in_y0 else None)
-                if offset is not None:
-                    bias, bias_in_y0 = offset, True
-                return ops.adapt(y0, index, router, B, bias, self.scaling[adapters[0]], bias_in_y0=bias_in_y0)
-            return self._by_operator(adapters, y0, bias, bias_in_y0)
+            return epilogue(adapters, y0, bias, bias_in_y0)
+
+    def _by_adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        [adapter] = adapters
+        index, router, B = self._tensors(adapter, y0.dtype)
+        offset = self._offset(y0, None, adapter, bias if bias_in_y0 else None)
+        if offset is not None:
+            bias, bias_in_y0 = offset, True
+        return ops.adapt(y0, index, router, B, bias, self.scaling[adapter], bias_in_y0=bias_in_y0)
 
     def _by_operator(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
@@ -333,13 +340,15 @@ class Linear(nn.Module, IdLoraLayer):
     def _fused(self, adapter: str) -> bool:
         """Whether ``ops.adapt`` does all of an adapter: neither dropout, row scales nor a bounded router."""
         dropout = self.training and self.dropout[adapter]
-        return not (dropout or self.bounded[adapter] or adapter in self._held("idlora_row_scale"))
+        scaled: Any = self._modules["idlora_row_scale"]
+        return not (dropout or self.bounded[adapter] or adapter in scaled._buffers)
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        router, B = self._held("idlora_router")[adapter], self._held("idlora_B")[adapter]
+        held: Any = self._modules
+        router, B = held["idlora_router"]._parameters[adapter], held["idlora_B"]._parameters[adapter]
         if router.dtype not in (dtype, torch.float32):  # a base layer that computes wider than the adapter is stored
             router, B = router.to(dtype), B.to(dtype)
-        return self._held("idlora_index")[adapter], router, B
+        return held["idlora_index"]._buffers[adapter], router, B
 
     def __repr__(self) -> str:
         return "idlora." + super().__repr__()
@@ -347,7 +356,9 @@ class Linear(nn.Module, IdLoraLayer):
 
 def _beside(bias: Tensor | None, y0: Tensor) -> Tensor | None:
     """The bias in a dtype that the operators take beside ``y0``: its own, or the one they add up in."""
-    return bias if bias is None or bias.dtype in (y0.dtype, accumulate(y0.dtype)) else bias.to(y0.dtype)
+    if bias is None or bias.dtype == y0.dtype or bias.dtype == accumulate(y0.dtype):
+        return bias
+    return bias.to(y0.dtype)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, fakes
+from . import autograd, fakes, profiling
 from .fakes import accumulate
 from .profiling import op_range
 
@@ -57,7 +57,7 @@ for _schema in SCHEMAS:
 autograd.register(_library)
 
 
-# Without a gradient the way through autograd's wrapper, which is Python, would take as long as the kernel of one token.
+# Without a gradient the way through autograd's wrapper, which is Python, takes longer than the kernel of one token.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _adapt_op = torch.ops.idlora.adapt.default
 
@@ -151,11 +151,11 @@ def adapt(
     """
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    with op_range("forward", "idlora::adapt"):
-        if save_x or torch.compiler.is_compiling():
+    if save_x or torch.compiler.is_compiling() or not profiling.off():
+        with op_range("forward", "idlora::adapt"):
             return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
-        with _below_autograd():
-            return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, False)[0]
+    with _below_autograd():
+        return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, False)[0]
 
 
 def adapt_backward(

@@ -52,9 +52,15 @@ def nvtx_ranges() -> Iterator[None]:
         _domain = before
 
 
+def off() -> bool:
+    """Whether nothing that is called now has a range."""
+    # First what torch.compile knows for certain: so it never looks at the switch, and does not depend on it.
+    return torch.compiler.is_compiling() or _domain is None
+
+
 def layer(name: str) -> AbstractContextManager[None]:
     """Ops called inside belong to the layer ``name``. Adapted layers do this themselves; an op outside has no range."""
-    return _NOTHING if torch.compiler.is_compiling() or _domain is None else _named(name)
+    return _NOTHING if off() else _named(name)
 
 
 def current_layer() -> str | None:
@@ -64,11 +70,10 @@ def current_layer() -> str | None:
 
 def op_range(phase: str, op: str, layer: str | None = None) -> AbstractContextManager[None]:
     """The range of one call of ``op`` in ``layer``, by default the current one."""
-    # First what torch.compile knows for certain: so it never looks at the switch, and does not depend on it.
-    if torch.compiler.is_compiling() or (domain := _domain) is None:
+    if off():
         return _NOTHING
     layer = layer or _layer.get()
-    return _NOTHING if layer is None else _range(domain, layer, phase, op)
+    return _NOTHING if layer is None else _range(_domain, layer, phase, op)
 
 
 @contextmanager
