@@ -26,17 +26,20 @@ class Router {
   Buffer floats_;
 };
 
-// The bias as floats, or null.
+// The bias as floats, or null. Copied only if it has another dtype: one token reads few of a mean's d entries.
 class Bias {
  public:
-  Bias(const void* bias, Dtype dtype, int64_t d) : given_(bias != nullptr), floats_(given_ ? padded(d) : 0) {
-    if (given_) typed(dtype, bias, [&](const auto* b) { widen(b, d, floats_); });
+  Bias(const void* bias, Dtype dtype, int64_t d)
+      : copied_(bias && dtype != Dtype::float32), copy_(copied_ ? d : 0),
+        floats_(copied_ ? copy_ : static_cast<const float*>(bias)) {
+    if (copied_) typed(dtype, bias, [&](const auto* b) { widen(b, d, copy_); });
   }
-  operator const float*() const { return given_ ? static_cast<float*>(floats_) : nullptr; }
+  operator const float*() const { return floats_; }
 
  private:
-  bool given_;
-  Buffer floats_;
+  bool copied_;
+  Buffer copy_;
+  const float* floats_;
 };
 
 // x of one token as floats, [k, padded(r)].
