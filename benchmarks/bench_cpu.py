@@ -11,8 +11,6 @@ Times are medians over rounds; their spread, 20th and 80th percentile, is in the
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import os
 import statistics
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import describe
+from machine import describe, keep_freed_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,13 +98,6 @@ def verify(case: Case, args: tuple[Tensor, ...]) -> dict[str, float]:
             raise SystemExit(f"{case}: {name} is off by {error:.3g}, the default kernel by {allowed:.3g}")
         ratios[name] = round(error / allowed, 3) if allowed else 0.0
     return ratios
-
-
-def keep_freed_memory() -> None:
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:

@@ -1,7 +1,9 @@
-"""What a benchmark ran on, to go into its results beside the numbers."""
+"""The machine of a benchmark: what it is, to go into the results beside the numbers, and how it keeps memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 from importlib.metadata import version
@@ -25,6 +27,14 @@ def describe() -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
     }
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: large tensors would otherwise come from the system anew, page by page."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _operating_system() -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, keep_freed_memory
 from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # saves a fifth of a step
     logging.disable_progress_bar()
     try:
         result = measure(Experiment(**options.experiment))
