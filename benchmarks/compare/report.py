@@ -332,6 +332,7 @@ def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path
     figure, [axes] = _panels(1)
     title = f"{task}: mean and standard deviation over seeds"
     axes.set(title=title, xlabel="trainable parameters", ylabel="held-out loss", xscale="log")
+    axes.margins(0.12)
     for method, runs in of_task.items():
         count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
         losses = [loss_after(result) for result in runs.values()]
@@ -339,7 +340,8 @@ def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path
             mean, deviation = _bars(losses)
             axes.errorbar(count, mean, deviation, fmt="o", color=_colour(method), capsize=3)
             label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
-            axes.annotate(label, (count, mean), (5, 4), textcoords="offset points", fontsize="small")
+            below = method.startswith("idlora")  # methods of as many parameters lie close to one another
+            axes.annotate(label, (count, mean), (5, -11 if below else 4), textcoords="offset points", fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 
