@@ -188,7 +188,8 @@ class IdLoraLayer(MergeableLayer):
             bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
             y0 = layer(h, *args, **kwargs)
             return y0, _beside(bias, y0), bias is not None
-        held = layer._parameters  # past nn.Module's lookups, which decoding feels in every layer
+        # Past nn.Module's lookups, which decoding feels in every layer; those of an expert are views, held by no one.
+        held = layer._parameters
         bias, weight = (held["bias"], held["weight"]) if len(held) == 2 else (layer.bias, layer.weight)
         if isinstance(layer, Conv1D):
             weight = weight.t()

@@ -31,10 +31,10 @@ from kernel_page import table
 from machine import describe
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
-from . import RESULTS, ROOT, methods
+from . import RESULTS, ROOT, methods, objectives
 from .experiment import MODEL, model_path, write_json
 from .methods import METHODS
 from .run import adapter_bytes, commit, trainable
@@ -48,7 +48,7 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     """One method in this process."""
     set_seed(0)
     path = model_path(options.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype)).to(options.device)
+    model = objectives.load(path, getattr(torch, options.dtype)).to(options.device)
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(options.device)

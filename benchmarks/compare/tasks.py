@@ -96,10 +96,7 @@ SOURCES: dict[str, tuple[Callable[[], Iterator[Document]], int]] = {
     "sarcasm": (sarcasm, 128),
     "novels": (novels, 0),
 }
-TASKS: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in (*SOURCES, HEADLINES)},
-    "mixture": ("math", "sarcasm", "novels"),
-}
+TASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in (*SOURCES, HEADLINES)} | {"mixture": tuple(SOURCES)}
 
 
 def load_task(task: str, model: Path, length: int) -> dict[str, Part]:
