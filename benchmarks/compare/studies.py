@@ -31,16 +31,23 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
         for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
         for scale in ({}, {"row_scale": True})
     ],
-    "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
     "router": [
         {"router": router, "center": center, "shared_router": shared}
-        for router in ("static", "linear", "bounded")
-        for center, shared in ((True, True), (False, True), (True, False))
+        for router, center, shared in (
+            ("static", True, True),
+            ("static", True, False),
+            ("static", False, True),
+            ("linear", True, True),
+            ("linear", False, True),
+            ("linear", False, False),
+            ("bounded", True, True),
+        )
     ],
     # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1. An entry of y is a
     # sum over r/s entries of z, which Adam moves alike: the scaling keeps its size.
     "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
     "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
+    "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
 }
 
 
@@ -176,9 +183,9 @@ def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
 
 
 def ablations(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """One thing of ID-LoRA r=32 changed at a time, on one task; group by group, so that each is soon whole."""
-    for _, experiment in ablation_groups(base, find):
-        for seed in SEEDS:
+    """One thing of ID-LoRA r=32 changed at a time, on one task; seed by seed, so that all of it is soon there."""
+    for seed in SEEDS:
+        for _, experiment in ablation_groups(base, find):
             yield replace(experiment, seed=seed)
 
 
