@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from idlora_ext import IdLoraConfig
+from idlora_ext.cli import main
 from idlora_ext.layer import IdLoraLayer
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -251,3 +253,59 @@ def output(model: nn.Module) -> torch.Tensor:
         if isinstance(base, MLP):
             return model(torch.randn(5, 20, generator=torch.Generator().manual_seed(0)))
         return model(**inputs()).logits
+
+
+# ---- what the tests of the commands share ----------------------------------------------------------------------------
+
+ADAPTER = ["--r", "8", "--num-clusters", "2"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a model and a tokenizer of one token a byte."""
+    from test_data import byte_tokenizer
+
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=260, bos_token_id=1, eos_token_id=0, pad_token_id=0).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def pairs_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prompts of several lengths, all with the same answer: soon learnt."""
+    from test_data import write_jsonl
+
+    records = [{"prompt": f"{10**i} times 0 is", "completion": " nothing"} for i in range(20)]
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", *records))
+
+
+@pytest.fixture(scope="session")
+def text_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{i} and {i} make {2 * i}.\n" for i in range(150)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def run_path(model_path: str, pairs_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a short fine-tuning."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    options = ["--steps", "12", "--every", "4", "--lr", "2e-2", "--dropout", "0.1"]
+    assert main(["finetune", model_path, pairs_path, "--output", str(output), *options, *ADAPTER]) == 0
+    return output
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must fail, and return its message."""
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.startswith("idlora: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
