@@ -26,11 +26,10 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     # The sum over k clusters has the size of sqrt(k) products, and Adam moves B by the same step whatever it is: the
     # scaling keeps the size of the update, and with it the rate that is best.
     "clusters": [{"num_clusters": k, "scaling": 2 / math.sqrt(k)} for k in (1, 2, 4, 8)],
-    "selection": [
-        {"selection": selection, **scale}
-        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
-        for scale in ({}, {"row_scale": True})
-    ],
+    # An entry of y is a sum over r/s entries of z, which Adam moves alike: again the scaling keeps its size.
+    "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
+    # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
+    "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
     "router": [
         {"router": router, "center": center, "shared_router": shared}
         for router, center, shared in (
@@ -43,10 +42,11 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
             ("bounded", True, True),
         )
     ],
-    # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1. An entry of y is a
-    # sum over r/s entries of z, which Adam moves alike: the scaling keeps its size.
-    "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
-    "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
+    "selection": [
+        {"selection": selection, **scale}
+        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
+        for scale in ({}, {"row_scale": True})
+    ],
     "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
 }
 
