@@ -9,6 +9,7 @@ what is trained, and gathering already subtracts a vector where a layer's bias i
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import distributed
+from . import distributed, integration
 from .layer import IdLoraLayer
 from .refusals import brief
 
@@ -57,10 +58,8 @@ def calibrate(
     mask: Tensor | None = None
 
     def observe(name: str, y0: Tensor) -> None:
-        masked = mask is not None and mask.shape == y0.shape[:-1]
-        tokens = y0[mask.to(y0.device).bool()] if masked else y0  # type: ignore[union-attr]
         layer = layers[name]
-        of_batch = distributed.token_sums(tokens, layer._columns(y0), layer.out_features)
+        of_batch = distributed.token_sums(y0, layer._columns(y0), layer.out_features, mask)
         sums[name] = sums.get(name, 0) + of_batch.cpu().double()
 
     modes = [(module, module.training) for module in model.modules()]
@@ -71,7 +70,7 @@ def calibrate(
     try:
         model.eval()
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None if progress else True):
-            mask = batch.get("attention_mask")
+            mask = padding_mask(batch.get("attention_mask"))
             model(**batch)
     finally:
         for hook in hooks:
@@ -91,3 +90,55 @@ def calibrate(
     if unseen:
         warnings.warn(f"calibrate: no token reached these layers, which are not centred: {', '.join(brief(unseen))}",
                       stacklevel=2)  # fmt: skip
+
+
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """A mask ``[batch, length]``; None for one of another form, which says more than which tokens pad a row."""
+    return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+
+
+class PaddingWatch:
+    """Hands the ``attention_mask`` of a model's call to those of its layers that take their mean in it.
+
+    A layer sees hidden states only. The mask stays there until the mean is taken, since with gradient checkpointing
+    that is in the backward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, IdLoraLayer)]
+        names = list(inspect.signature(model.forward).parameters)
+        self.position = names.index("attention_mask") if "attention_mask" in names else None
+
+    def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.position is not None and self.position < len(args):
+            mask = args[self.position]
+        mask = padding_mask(mask)
+        for layer in self.layers:
+            if not all(layer.centered.values()):
+                layer.padding_mask = mask
+
+
+_WATCH = "_idlora_padding_watch"
+
+
+def watch_padding(model: nn.Module) -> None:
+    """Note the mask of every call of ``model`` from now on, for the layers it has now."""
+    forget_padding(model)
+    setattr(model, _WATCH, PaddingWatch(model))
+    model.register_forward_pre_hook(note_padding, with_kwargs=True)
+
+
+def note_padding(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a call of ``model``: its hook, and what PEFT's tuner does, which calls ``forward`` past all hooks."""
+    watch: PaddingWatch | None = getattr(model, _WATCH, None)
+    if watch is not None:
+        watch.note(args, kwargs)
+
+
+def forget_padding(model: nn.Module) -> None:
+    """Undo :func:`watch_padding`."""
+    vars(model).pop(_WATCH, None)
+    integration.remove_forward_pre_hook(model, note_padding)

@@ -268,8 +268,13 @@ def refuse_adapter_names(model: nn.Module) -> None:
 
 
 def allow_adapter_names(model: nn.Module) -> None:
-    """Take the hook of :func:`refuse_adapter_names` off again. Relies on how torch keeps hooks."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _no_such_keyword]:
+    """Take the hook of :func:`refuse_adapter_names` off again."""
+    remove_forward_pre_hook(model, _no_such_keyword)
+
+
+def remove_forward_pre_hook(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Without the handle, which no copy of a model has. Relies on how torch keeps hooks."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is function]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
 

@@ -71,6 +71,7 @@ class IdLoraLayer(MergeableLayer):
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
     mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
+    padding_mask: Tensor | None = None  # [batch, length], of the call in which a mean is to be taken
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         self.base_layer = base_layer
@@ -211,7 +212,7 @@ class IdLoraLayer(MergeableLayer):
                 self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)
             ):
                 # No branch on what a tensor holds: it would wait for the device, and keep a compiler from one graph.
-                of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features)
+                of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features, self.padding_mask)
                 mean.copy_(torch.where(taken, mean, of_batch))
             elif not taken:
                 raise ValueError(
@@ -220,6 +221,7 @@ class IdLoraLayer(MergeableLayer):
                     "idlora_ext.calibrate(model, batches) on every rank before training, or use center=False."
                 )
             self.centered[adapter] = True
+        self.padding_mask = None
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""

@@ -15,7 +15,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import distributed, integration, merging
+from . import centering, distributed, integration, merging
 from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
 from .config import IdLoraConfig
@@ -102,6 +102,7 @@ class IdLoraModel(BaseTuner):
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 integration.refuse_adapter_names(model)
+                centering.watch_padding(model)
                 fuse(model)  # experts opened in vain: only some layers, or some of the products, were targeted
                 self._report(config, adapter_name)
             except Exception as error:
@@ -261,6 +262,10 @@ class IdLoraModel(BaseTuner):
             return check_target_module_exists(suffix, key)
         return found
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        centering.note_padding(self.model, args, kwargs)
+        return super().forward(*args, **kwargs)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around ``forward`` and ``generate`` with their arguments: here for ``adapter_names``."""
@@ -289,6 +294,7 @@ class IdLoraModel(BaseTuner):
             self.unmerge_adapter()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         integration.allow_adapter_names(model)
+        centering.forget_padding(model)
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

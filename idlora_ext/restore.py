@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from . import integration
+from . import centering, integration
 from .experts import fuse
 from .integration import AuxiliaryTrainingWrapper, BaseTunerLayer
 from .layer import IdLoraLayer
@@ -43,6 +43,7 @@ class ModelState:
                 setattr(parent, name, child)
         if not self.adapters:
             integration.allow_adapter_names(self.model)
+            centering.forget_padding(self.model)
         for name in _ATTRIBUTES:
             vars(self.model).pop(name, None)
         vars(self.model).update(self.attributes)
@@ -107,6 +108,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     fuse(base)
     if not configs:
         integration.allow_adapter_names(base)
+        centering.forget_padding(base)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
         trainable = set(vars(base).pop(_TRAINABLE, ()))

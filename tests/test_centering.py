@@ -26,6 +26,7 @@ from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from idlora_ext.distributed import mean_over_tokens
 
 CENTERED = FIELDS | {"router": "static", "center": True}
 FILE = "adapter_model.safetensors"
@@ -91,11 +92,10 @@ def test_calibrate_takes_the_mean_over_all_tokens_that_are_not_masked():
     model = adapted()
     model.model.layers[0].train()
     modes = [module.training for module in model.modules()]
-    padded = inputs(seed=1) | {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    padded["attention_mask"][1, 4:] = 0
-    expected = {name: (y0[:14].sum(0) + y0[14:25].sum(0)) / 25 for name, y0 in outputs(model, inputs(), padded).items()}
+    found = outputs(model, inputs(), padded())
+    expected = {name: (y0[:14].sum(0) + y0[14:25].sum(0)) / 25 for name, y0 in found.items()}
     before = logits(model)
-    idlora_ext.calibrate(model, [inputs(), padded], progress=False)
+    idlora_ext.calibrate(model, [inputs(), padded()], progress=False)
     for name, mean in means_of(model).items():
         torch.testing.assert_close(mean, expected[name], **CLOSE)
     assert [module.training for module in model.modules()] == modes
@@ -103,6 +103,60 @@ def test_calibrate_takes_the_mean_over_all_tokens_that_are_not_masked():
     model.train()(**inputs(seed=3))
     for name, mean in means_of(model).items():  # training takes no other
         torch.testing.assert_close(mean, expected[name], **CLOSE)
+
+
+def padded(seed=1):
+    """Rows of 7 and of 4 tokens."""
+    batch = inputs(seed=seed)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 4:] = 0
+    return batch
+
+
+def means_without_padding(model, batch):
+    kept = batch["attention_mask"].flatten().bool()
+    return {name: (y0[kept] if len(y0) == len(kept) else y0).mean(0) for name, y0 in outputs(model, batch).items()}
+
+
+@pytest.mark.parametrize("door", ["apply", "peft", "transformers"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_tokens_that_pad_the_first_batch_do_not_count(kind, door):
+    model, fields = MODELS[kind]().double(), fields_for(kind, **CENTERED)
+    if door == "apply":
+        called = idlora_ext.apply(model, **fields)
+    elif door == "peft":
+        called = get_peft_model(model, IdLoraConfig(**fields))
+    else:
+        called = model
+        model.add_adapter(IdLoraConfig(**fields))
+    expected = means_without_padding(model, padded())
+    called.eval()(**padded())
+    for name, mean in means_of(model).items():
+        torch.testing.assert_close(mean, expected[name], **CLOSE)
+    assert not any(vars(layer).get("padding_mask") is not None for layer in layers_of(model).values())
+    base = idlora_ext.remove(called)
+    assert not base._forward_pre_hooks
+    assert not [name for name in vars(base) if "idlora" in name]
+
+
+def test_padding_of_a_mask_that_is_given_by_position_or_has_another_form():
+    one, other = adapted(), adapted()
+    batch = padded()
+    expected = means_without_padding(one, batch)
+    one(batch["input_ids"], batch["attention_mask"])
+    for name, mean in means_of(one).items():
+        torch.testing.assert_close(mean, expected[name], **CLOSE)
+    every = {name: y0.mean(0) for name, y0 in outputs(other, inputs(seed=1)).items()}
+    other(**inputs(seed=1), attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool).tril())
+    for name, mean in means_of(other).items():
+        torch.testing.assert_close(mean, every[name], **CLOSE)
+
+
+def test_padding_that_is_not_finite():
+    y0 = torch.tensor([[[1.0], [3.0], [torch.nan]], [[5.0], [torch.inf], [torch.nan]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert mean_over_tokens(y0, None, 1, mask).tolist() == [3.0]
+    assert mean_over_tokens(y0, None, 1, torch.zeros_like(mask)).tolist() == [0.0]
 
 
 def test_calibrate_refuses_and_changes_nothing():
@@ -264,8 +318,11 @@ def test_gradient_checkpointing_computes_the_same(reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+        expected = means_without_padding(copy.deepcopy(model), padded())
+        model(**padded(), labels=inputs()["input_ids"]).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad} | means_of(model))
+        for name, mean in means_of(model).items():
+            torch.testing.assert_close(mean, expected[name], **CLOSE)
     assert all(mean.any() for mean in means_of(model).values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
@@ -277,7 +334,7 @@ def test_compiled_training_takes_the_mean():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (0, 1):
         for one in (compiled, plain):
-            one(**inputs(seed=seed), labels=inputs(seed=seed)["input_ids"]).loss.backward()
+            one(**padded(seed), labels=inputs(seed=seed)["input_ids"]).loss.backward()
     for name, mean in means_of(plain).items():
         torch.testing.assert_close(means_of(model)[name], mean, **CLOSE)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
