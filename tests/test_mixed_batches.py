@@ -386,7 +386,7 @@ def test_a_model_that_would_ignore_the_keyword_refuses_it_until_the_adapter_is_g
                 same.generate(input_ids=ids(), adapter_names=["default"] * 6)
         idlora_ext.apply(model, adapter_name="second", **FIELDS)
         idlora_ext.remove(model, "second")
-        assert len(model._forward_pre_hooks) == 1
+        assert len(model._forward_pre_hooks) == 2  # none was put on twice
         idlora_ext.remove(model)
         assert not model._forward_pre_hooks
         assert not model._forward_pre_hooks_with_kwargs
