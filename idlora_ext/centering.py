@@ -36,7 +36,8 @@ def calibrate(
     Args:
         model: with an adapter that is not trained yet, on the device it is to run on.
         batches: arguments of ``model(**batch)``; some thousand tokens in all are plenty. Tokens that an
-            ``attention_mask [batch, length]`` masks do not count, in layers that see ``[batch, length, ...]``.
+            ``attention_mask [batch, length]`` masks do not count, here as in a first batch, in layers that see
+            ``[batch, length, ...]``.
         adapter_name: the adapter's.
         progress: show a bar.
 

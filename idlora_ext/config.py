@@ -51,8 +51,9 @@ class IdLoraConfig(PeftConfig):
             saved with the adapter.
         center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
             is taken out of the products. ``m`` is taken from the first forward pass with gradients, or by
-            :func:`idlora_ext.calibrate`, and saved with the adapter. Merging then changes biases too, which layers
-            without one get; with False (the paper) it changes ``W`` alone.
+            :func:`idlora_ext.calibrate`, and saved with the adapter; tokens that an ``attention_mask [batch, length]``
+            masks do not count. Merging then changes biases too, which layers without one get; with False (the paper)
+            it changes ``W`` alone.
         dropout: probability of zeroing entries of ``z`` while training.
         seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
             layer derives its own from its name.

@@ -165,12 +165,16 @@ class Report:
         groups: dict[str, list[Experiment]] = {}
         for group, experiment in ablation_groups(self.base, self.find):
             groups.setdefault(group, []).append(experiment)
-        rows = []
+        rows, missing = [], []
         for group, experiments in groups.items():
             reference = next((e for e in experiments if not e.override), experiments[0])
             plain = self._seeds(reference)
-            rows += [self._ablation_row(group, e, self._seeds(e), plain if e != reference else {}) for e in experiments]
-        if not any(row[3] for row in rows):
+            for experiment in experiments:
+                if runs := self._seeds(experiment):
+                    rows.append(self._ablation_row(group, experiment, runs, plain if experiment != reference else {}))
+                else:
+                    missing.append(setting(experiment))
+        if not rows:
             return ""
         head = [
             "what",
@@ -181,10 +185,12 @@ class Report:
             "minus the group's plain one",
             "a: mean; spread",
         ]
-        note = "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. "
-        note += (
+        note = (
+            "Spread: over tokens, the median over layers. Layers too narrow for a rank have the largest that fits. "
             f"Rates are the best of {ABLATED}; of idlora-r32 for linear routers, of idlora-r32-static without center."
         )
+        if missing:
+            note += f" Not run yet: {'; '.join(missing)}."
         return f"## Ablations on {self.base.task}\n\n{note}\n\n" + table(head, rows)
 
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:
@@ -194,16 +200,13 @@ class Report:
     def _ablation_row(
         self, group: str, experiment: Experiment, runs: dict[int, Result], plain: dict[int, Result]
     ) -> list[str]:
-        name = ", ".join(f"{key}={value}" for key, value in sorted(experiment.override.items())) or experiment.method
-        if not runs:
-            return [group, name, f"{experiment.lr:g}", "", f"(0 of {len(SEEDS)})", "", ""]
         metrics = [result["metrics"] for result in runs.values()]
         last = [m["alpha"][max(m["alpha"], key=int)][self.base.task] for m in metrics if m["alpha"]]
         alpha = "; ".join(f"{statistics.mean(a[key] for a in last):.3f}" for key in ("mean", "spread")) if last else ""
         loss = spread(map(loss_after, runs.values()), len(SEEDS))
         less = spread(differences(runs, plain), len(SEEDS), sign=True)
         parameters = f"{metrics[0]['trainable_parameters']:,}"
-        return [group, name, f"{experiment.lr:g}", parameters, loss, less, alpha]
+        return [group, setting(experiment), f"{experiment.lr:g}", parameters, loss, less, alpha]
 
     def alpha(self) -> str:
         """The router's weights over training, of each method that has a router, on every task it was trained on."""
@@ -290,6 +293,13 @@ class Report:
 def differences(runs: dict[int, Result], reference: dict[int, Result]) -> list[float]:
     """Loss minus the reference's of the same seed."""
     return [loss_after(runs[seed]) - loss_after(reference[seed]) for seed in runs if seed in reference]
+
+
+def setting(experiment: Experiment) -> str:
+    """What differs from the method, or its name."""
+    differs = sorted(experiment.override.items())
+    shown = (f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in differs)
+    return ", ".join(shown) or experiment.method
 
 
 def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = False) -> str:
