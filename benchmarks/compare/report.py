@@ -169,11 +169,11 @@ class Report:
         for group, experiments in groups.items():
             reference = next((e for e in experiments if not e.override), experiments[0])
             plain = self._seeds(reference)
-            for experiment in experiments:
-                if runs := self._seeds(experiment):
-                    rows.append(self._ablation_row(group, experiment, runs, plain if experiment != reference else {}))
-                else:
-                    missing.append(setting(experiment))
+            runs = {experiment.variant: self._seeds(experiment) for experiment in experiments}
+            missing += [setting(e) for e in experiments if not runs[e.variant]]
+            there = [e for e in experiments if runs[e.variant]]
+            if len(there) > 1:  # something to compare
+                rows += [self._ablation_row(group, e, runs[e.variant], plain if e != reference else {}) for e in there]
         if not rows:
             return ""
         head = [
