@@ -29,7 +29,7 @@ from .integration import (
 from .layer import IdLoraLayer, Linear, fit_rank
 from .mixed_batches import adapter_names
 from .refusals import brief, refuse_existing, refuse_foreign_layers, unsupported
-from .restore import ModelState, remember_trainable
+from .restore import ModelState, remember_trainable, take_hooks_off
 
 _COMPILED = "_orig_mod."  # what torch.compile puts before every name, and PEFT leaves out when it has a state dict
 
@@ -293,8 +293,7 @@ class IdLoraModel(BaseTuner):
         else:  # the original base model, as PEFT promises
             self.unmerge_adapter()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        integration.allow_adapter_names(model)
-        centering.forget_padding(model)
+        take_hooks_off(model)
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -42,8 +42,7 @@ class ModelState:
             if parent._modules.get(name) is not child:
                 setattr(parent, name, child)
         if not self.adapters:
-            integration.allow_adapter_names(self.model)
-            centering.forget_padding(self.model)
+            take_hooks_off(self.model)
         for name in _ATTRIBUTES:
             vars(self.model).pop(name, None)
         vars(self.model).update(self.attributes)
@@ -56,6 +55,12 @@ class ModelState:
 
 
 _ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_load_pretrained_model", _TRAINABLE)
+
+
+def take_hooks_off(model: nn.Module) -> None:
+    """What an adapted model does before each call, a model without adapters does not."""
+    integration.allow_adapter_names(model)
+    centering.forget_padding(model)
 
 
 def remember_trainable(model: nn.Module) -> None:
@@ -107,8 +112,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
             setattr(base.get_submodule(parent), child, original)
     fuse(base)
     if not configs:
-        integration.allow_adapter_names(base)
-        centering.forget_padding(base)
+        take_hooks_off(base)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
         trainable = set(vars(base).pop(_TRAINABLE, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from idlora_ext import IdLoraConfig
 from idlora_ext.cli import main
@@ -255,6 +259,35 @@ def output(model: nn.Module) -> torch.Tensor:
         return model(**inputs()).logits
 
 
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte: token numbers can be counted by eye, and any text can be read back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<s>", "<user>", "<assistant>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"}
+    extra = ["<user>", "<assistant>"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, additional_special_tokens=extra, chat_template=TEMPLATE
+    )
+
+
+def write_jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
 # ---- what the tests of the commands share ----------------------------------------------------------------------------
 
 ADAPTER = ["--r", "8", "--num-clusters", "2"]
@@ -264,8 +297,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a model and a tokenizer of one token a byte."""
-    from test_data import byte_tokenizer
-
     directory = tmp_path_factory.mktemp("model")
     tiny_llama(vocab_size=260, bos_token_id=1, eos_token_id=0, pad_token_id=0).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
@@ -275,8 +306,6 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def pairs_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prompts of several lengths, all with the same answer: soon learnt."""
-    from test_data import write_jsonl
-
     records = [{"prompt": f"{10**i} times 0 is", "completion": " nothing"} for i in range(20)]
     return str(write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", *records))
 

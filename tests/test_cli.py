@@ -1,4 +1,4 @@
-"""The commands but ``finetune``, run for real on a tiny random model; and what all have in common."""
+"""The commands but ``finetune``, run for real on a tiny random model; and what all commands have in common."""
 
 from __future__ import annotations
 
@@ -233,6 +233,14 @@ def test_help_and_version(argv: list[str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("argv", [[], ["no-such-command"], ["finetune"], ["generate", "m", "--no-such-option"]])
 def test_usage_errors_are_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--help" in error_of(capsys, *argv)
+
+
+def test_missing_files(model_path: str, pairs_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing, output = str(tmp_path / "missing"), str(tmp_path / "run")
+    assert "no such model directory" in error_of(capsys, "finetune", missing, pairs_path, "--output", output)
+    assert "missing.jsonl" in error_of(capsys, "finetune", model_path, missing + ".jsonl", "--output", output)
+    assert "adapter_config.json" in error_of(capsys, "generate", model_path, "--adapter", missing, "--prompt", "a")
+    assert "no such model directory" in error_of(capsys, "inspect", missing)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -6,44 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from conftest import byte_tokenizer, write_jsonl
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from idlora_ext.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
-
-
-def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte: token numbers can be counted by eye, and any text can be read back."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["</s>", "<s>", "<user>", "<assistant>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    from tokenizers.decoders import ByteLevel
-
-    tokenizer.decoder = ByteLevel()
-    if bos:
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"}
-    extra = ["<user>", "<assistant>"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, additional_special_tokens=extra, chat_template=TEMPLATE
-    )
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
-
-
-def write_jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def texts(*contents: str) -> Corpus:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER, PNG, error_of
+from conftest import ADAPTER, PNG, error_of, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_data import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import idlora_ext
@@ -236,14 +235,6 @@ def test_finetune_errors(
         capsys, "finetune", model_path, pairs_path, "--output", str(tmp_path / "run"), *ADAPTER, *options
     )
     assert not (tmp_path / "run").exists()
-
-
-def test_missing_files(model_path: str, pairs_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing, output = str(tmp_path / "missing"), str(tmp_path / "run")
-    assert "no such model directory" in error_of(capsys, "finetune", missing, pairs_path, "--output", output)
-    assert "missing.jsonl" in error_of(capsys, "finetune", model_path, missing + ".jsonl", "--output", output)
-    assert "adapter_config.json" in error_of(capsys, "generate", model_path, "--adapter", missing, "--prompt", "a")
-    assert "no such model directory" in error_of(capsys, "inspect", missing)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

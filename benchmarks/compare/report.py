@@ -168,8 +168,8 @@ class Report:
         rows, missing = [], []
         for group, experiments in groups.items():
             reference = next((e for e in experiments if not e.override), experiments[0])
-            plain = self._seeds(reference)
             runs = {experiment.variant: self._seeds(experiment) for experiment in experiments}
+            plain = runs[reference.variant]
             missing += [setting(e) for e in experiments if not runs[e.variant]]
             there = [e for e in experiments if runs[e.variant]]
             if len(there) > 1:  # something to compare
