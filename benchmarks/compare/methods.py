@@ -47,6 +47,7 @@ def _idlora(r: int, **fields: Any) -> Adapter:
 METHODS: dict[str, Method] = {
     "none": Method({"kind": "none"}),
     "lora-r8": Method(_lora(8)),
+    "lora-r4": Method(_lora(4)),
     "miss-r8": Method({"kind": "MissConfig", "r": 8}),
     "idlora-r32": Method(_idlora(32)),
     "idlora-r32-static": Method(_idlora(32, router="static")),
