@@ -311,16 +311,22 @@ class Linear(nn.Module, IdLoraLayer):
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
-        epilogue = self._by_operator
-        if len(adapters) == 1 and self._fused(adapters[0]) and y0.shape[-1] == self.out_features:
-            epilogue = self._by_adapt
-        if profiling.off():
-            return epilogue(adapters, y0, bias, bias_in_y0)
+        if profiling.eager_without_ranges():
+            return self._epilogue(adapters, y0, bias, bias_in_y0)
         with profiling.layer(self.name):
-            return epilogue(adapters, y0, bias, bias_in_y0)
+            return self._epilogue(adapters, y0, bias, bias_in_y0)
 
-    def _by_adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
-        [adapter] = adapters
+    def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        adapter = adapters[0]
+        scaled: Any = self._modules["idlora_row_scale"]
+        if (  # what ops.adapt does not do
+            len(adapters) > 1
+            or self.bounded[adapter]
+            or adapter in scaled._buffers
+            or (self.training and self.dropout[adapter])
+            or y0.shape[-1] != self.out_features
+        ):
+            return self._by_operator(adapters, y0, bias, bias_in_y0)
         index, router, B = self._tensors(adapter, y0.dtype)
         offset = self._offset(y0, None, adapter, bias if bias_in_y0 else None)
         if offset is not None:
@@ -339,12 +345,6 @@ class Linear(nn.Module, IdLoraLayer):
             y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])
             added = None
         return y
-
-    def _fused(self, adapter: str) -> bool:
-        """Whether ``ops.adapt`` does all of an adapter: neither dropout, row scales nor a bounded router."""
-        dropout = self.training and self.dropout[adapter]
-        scaled: Any = self._modules["idlora_row_scale"]
-        return not (dropout or self.bounded[adapter] or adapter in scaled._buffers)
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         held: Any = self._modules

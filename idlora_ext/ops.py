@@ -151,7 +151,7 @@ def adapt(
     """
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    if save_x or torch.compiler.is_compiling() or not profiling.off():
+    if save_x or not profiling.eager_without_ranges():
         with op_range("forward", "idlora::adapt"):
             return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
     with _below_autograd():

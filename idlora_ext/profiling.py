@@ -58,6 +58,11 @@ def off() -> bool:
     return torch.compiler.is_compiling() or _domain is None
 
 
+def eager_without_ranges() -> bool:
+    """Whether this is plain eager code: neither ranges nor, for a compiler, a way through autograd are asked for."""
+    return not torch.compiler.is_compiling() and _domain is None
+
+
 def layer(name: str) -> AbstractContextManager[None]:
     """Ops called inside belong to the layer ``name``. Adapted layers do this themselves; an op outside has no range."""
     return _NOTHING if off() else _named(name)

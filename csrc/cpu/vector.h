@@ -183,16 +183,22 @@ inline void typed(Dtype dtype, const void* p, const F& f) {
 
 // ---- memory and threads ---------------------------------------------------------------------------------------------
 
+// n floats, the few of one token on the stack: aligned memory from the heap takes longer than a kernel has for a token.
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<float*>(::operator new(n * sizeof(float), ALIGNMENT))) {}
-  ~Buffer() { ::operator delete(data_, ALIGNMENT); }
+  explicit Buffer(int64_t n)
+      : data_(n <= HERE ? here_ : static_cast<float*>(::operator new(n * sizeof(float), ALIGNMENT))) {}
+  ~Buffer() {
+    if (data_ != here_) ::operator delete(data_, ALIGNMENT);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator float*() const { return data_; }
 
  private:
+  static constexpr int64_t HERE = 1024;
   static constexpr std::align_val_t ALIGNMENT{64};
+  alignas(64) float here_[HERE];
   float* data_;
 };
 
@@ -200,9 +206,11 @@ class Buffer {
 template <class F>
 inline void parallel_for(const Parallel& parallel, int64_t n, int64_t cost, const F& f) {
   constexpr int64_t WORTH_A_THREAD = 1 << 17;
+  const int64_t grain = larger(1, WORTH_A_THREAD / larger(1, cost));
+  if (n <= 0) return;
+  if (n <= grain || parallel.threads == 1) return f(0, n);
   parallel.run(
-      n, larger(1, WORTH_A_THREAD / larger(1, cost)),
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
