@@ -30,6 +30,8 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
     # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
     "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
+    # As many parameters in other layers; another method, since it takes a table.
+    "budget": [{}, {"method": "idlora-r32-budget"}],
     "router": [
         {"router": router, "center": center, "shared_router": shared}
         for router, center, shared in (
@@ -194,13 +196,14 @@ def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experim
     given = METHODS[ABLATED].adapter
     for group, overrides in ABLATIONS.items():
         for override in overrides:
-            differs = {name: value for name, value in override.items() if given.get(name) != value}
+            method = override.get("method", ABLATED)
+            differs = {name: value for name, value in override.items() if name != "method" and given.get(name) != value}
             form = "idlora-r32-static" if override.get("center") is False else ABLATED
             if differs.get("router") == "linear":  # quadratic in the activation: of another size
                 form = "idlora-r32"
             rate = best_rate(form, base.task, base, find)
             if rate is not None:
-                yield group, replace(base, method=ABLATED, override=differs, lr=rate)
+                yield group, replace(base, method=method, override=differs, lr=rate)
 
 
 Study = Callable[[Experiment, Find], Iterable[Experiment]]
