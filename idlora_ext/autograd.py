@@ -1,4 +1,8 @@
-"""The gradients of the operators, for the dispatcher; the kernels they call are operators themselves."""
+"""The gradients of the operators, for the dispatcher; the kernels they call are operators themselves.
+
+A gradient of a gradient goes through the default kernels, which autograd sees through. What it then asks of the ``x``
+that ``adapt`` has kept comes back as that output's gradient.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,14 @@ def register(library: torch.library.Library) -> None:
         torch.library.register_autograd(f"idlora::{op}", backward, setup_context=_with_layer(context), lib=library)
 
 
+def _kernel(op: str) -> Callable[..., Any]:
+    if not torch.is_grad_enabled():
+        return getattr(torch.ops.idlora, op)
+    from .ops import default_kernels  # which imports this module
+
+    return default_kernels[op]
+
+
 def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y0, index, bias = inputs
     ctx.save_for_backward(index)
@@ -34,7 +46,7 @@ def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
     with op_range("backward", "idlora::cluster_gather_backward", ctx.layer):
-        dy0 = torch.ops.idlora.cluster_gather_backward(dx.contiguous(), index, ctx.d)
+        dy0 = _kernel("cluster_gather_backward")(dx.contiguous(), index, ctx.d)
     dbias = -_sum_to_bias(dy0, ctx.bias_dtype) if _needs_bias(ctx, 2) else None
     return dy0, None, dbias
 
@@ -46,7 +58,7 @@ def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     with op_range("backward", "idlora::rb_scale_backward", ctx.layer):
-        return torch.ops.idlora.rb_scale_backward(dz.contiguous(), *saved)
+        return _kernel("rb_scale_backward")(dz.contiguous(), *saved)
 
 
 def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -58,7 +70,7 @@ def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dy, saved = dy.contiguous(), ctx.saved_tensors
     with op_range("backward", "idlora::shared_gemm_backward", ctx.layer):
-        dz, dB = torch.ops.idlora.shared_gemm_backward(dy, *saved, ctx.scaling)
+        dz, dB = _kernel("shared_gemm_backward")(dy, *saved, ctx.scaling)
     dbias = _sum_to_bias(dy, ctx.bias_dtype) if _needs_bias(ctx, 3) else None
     return dy, dz, dB, dbias, None
 
@@ -66,34 +78,51 @@ def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, save_x = inputs
     x = output[1]
-    ctx.mark_non_differentiable(x)
+    if not save_x:
+        ctx.mark_non_differentiable(x)
     ctx.set_materialize_grads(False)  # or every backward pass would begin by writing zeros of the size of x
     ctx.save_for_backward(x if save_x else None, index, router, B)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _adapt_autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
-    if dy is None:
-        return (None,) * 8
+def _adapt_autograd(ctx: Any, dy: Tensor | None, dx_kept: Tensor | None) -> tuple[Any, ...]:
+    dy0 = drouter = dB = dbias = None
+    if dy is not None:
+        dy0, drouter, dB, dbias = _gradients_of_y(ctx, dy.contiguous())
+    if dx_kept is not None:
+        _, index, router, B = ctx.saved_tensors
+        kept = _scattered(dx_kept.unsqueeze(-2) if fakes.keeps_sum(router) else dx_kept, index, B)
+        dy0 = kept if dy0 is None else dy0 + kept
+        if _needs_bias(ctx, 4) and ctx.bias_in_y0:
+            less = _sum_to_bias(kept, ctx.bias_dtype)
+            dbias = -less if dbias is None else dbias - less
+    return dy0, None, drouter, dB, dbias, None, None, None
+
+
+def _gradients_of_y(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     x, index, router, B = ctx.saved_tensors
     if x is None:
         raise RuntimeError(
             "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
         )
-    dy = dy.contiguous()
     with op_range("backward", "idlora::adapt_backward", ctx.layer):
-        dy0, drouter, dB = torch.ops.idlora.adapt_backward(dy, x, index, router, B, ctx.scaling)
+        dy0, drouter, dB = _kernel("adapt_backward")(dy, x, index, router, B, ctx.scaling)
     dbias = None
     if _needs_bias(ctx, 4) and not ctx.bias_in_y0:
         dbias = _sum_to_bias(dy, ctx.bias_dtype)
     elif _needs_bias(ctx, 4):
         # It is subtracted from the gathered columns, so it sees -dx. Taken anew, as dy - dy0 has lost dx's last digits.
         x = x.unsqueeze(-2) if fakes.keeps_sum(router) else x
-        dz, _ = torch.ops.idlora.shared_gemm_backward(dy, torch.ops.idlora.rb_scale(x, router), B, ctx.scaling)
-        dx, _ = torch.ops.idlora.rb_scale_backward(dz, x, router)
-        dx = dx.expand(*dx.shape[:-2], *index.shape).contiguous()
-        dbias = -_sum_to_bias(torch.ops.idlora.cluster_gather_backward(dx, index, dy.shape[-1]), ctx.bias_dtype)
-    return dy0, None, drouter, dB, dbias, None, None, None
+        dz, _ = _kernel("shared_gemm_backward")(dy, _kernel("rb_scale")(x, router), B, ctx.scaling)
+        dx, _ = _kernel("rb_scale_backward")(dz, x, router)
+        dbias = -_sum_to_bias(_scattered(dx, index, B), ctx.bias_dtype)
+    return dy0, drouter, dB, dbias
+
+
+def _scattered(dx: Tensor, index: Tensor, B: Tensor) -> Tensor:
+    """``dy0`` of ``dx [..., k, r]``, or ``[..., 1, r]``, the same for all clusters."""
+    d = B.shape[0] * (index.shape[1] // B.shape[1])
+    return _kernel("cluster_gather_backward")(dx.expand(*dx.shape[:-2], *index.shape).contiguous(), index, d)
 
 
 def _with_layer(context: Callable[..., None]) -> Callable[..., None]:

@@ -12,6 +12,9 @@ A router of one dimension is static: ``a_i`` is a constant, one for each cluster
 Then the update does not depend on the token: it is a matrix of rank ``r``. With one constant for all it is enough to
 keep ``u = sum_i x_i``, a ``k``-th of ``x``; the gradients of ``k`` constants need each ``x_i``.
 
+``torch.func`` (``grad``, ``vmap``, ``jvp``, ..) and forward-mode differentiation take the ops apart: they see plain
+PyTorch. So does a gradient of a gradient (``create_graph=True``), in the backward pass.
+
 Every op is registered with the dispatcher under the namespace ``idlora``. The kernels in this file are registered as
 ``CompositeExplicitAutograd``, the default of every device; a native module only adds CPU and CUDA kernels for the same
 schemas. Kernels trust their fake to have checked the arguments: the default kernels call it to allocate their result.
@@ -30,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autograd, fakes, profiling
 from .fakes import accumulate
@@ -62,6 +66,13 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _adapt_op = torch.ops.idlora.adapt.default
 
 
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is to see through what is called now."""
+    if torch.compiler.is_compiling():  # which takes transforms apart itself
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x_i = (y0 - bias)[index_i]``: the products ``A_i h``, read off the base layer's output.
 
@@ -76,6 +87,8 @@ def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
+    if transformed():
+        return _cluster_gather(y0, index, bias)
     with op_range("forward", "idlora::cluster_gather"):
         return torch.ops.idlora.cluster_gather(y0, index, bias)
 
@@ -93,6 +106,8 @@ def rb_scale(x: Tensor, router: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
+    if transformed():
+        return _rb_scale(x, router)
     with op_range("forward", "idlora::rb_scale"):
         return torch.ops.idlora.rb_scale(x, router)
 
@@ -113,6 +128,8 @@ def shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, sc
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
+    if transformed():
+        return _apart_shared_gemm(y0, z, B, bias, scaling)
     with op_range("forward", "idlora::shared_gemm"):
         return torch.ops.idlora.shared_gemm(y0, z, B, bias, scaling)
 
@@ -149,6 +166,9 @@ def adapt(
     Raises:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
+    if transformed():
+        z = _rb_scale(_cluster_gather(y0, index, bias if bias_in_y0 else None), router)
+        return _apart_shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling)
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if save_x or not profiling.eager_without_ranges():
@@ -280,6 +300,16 @@ def _shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, s
     else:
         parts.copy_(torch.addmm(y0.reshape(rows, columns).to(dtype), *factors, alpha=scaling))
     return y
+
+
+def _apart_shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """The same for transforms, which do not see through ``out=``; a view is what they may return."""
+    fakes.shared_gemm(y0, z, B, bias, scaling)
+    if bias is not None:
+        y0 = y0 + bias.to(y0.dtype)
+    dtype = _product_dtype(y0.dtype)
+    parts = z.unflatten(-1, (-1, B.shape[1])).to(dtype) @ B.to(dtype).t()
+    return torch.add(y0, parts.flatten(-2), alpha=scaling).to(y0.dtype)
 
 
 @_default("shared_gemm_backward")

@@ -95,7 +95,7 @@ def test_opcheck(router_kind, device):
     z = torch.randn(2, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
     dy, dz = torch.randn_like(y0), torch.randn_like(z)
     plain = [t.detach() for t in (x, router, B, z)]
-    kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, False, True)[1]
+    kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, False, True)[1].detach()
     for name, args in {
         "cluster_gather": (y0, index, b),
         "cluster_gather_backward": (plain[0], index, 24),
