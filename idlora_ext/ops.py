@@ -88,7 +88,7 @@ def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Ten
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        return _cluster_gather(y0, index, bias)
+        return default_kernels["cluster_gather"](y0, index, bias)
     with op_range("forward", "idlora::cluster_gather"):
         return torch.ops.idlora.cluster_gather(y0, index, bias)
 
@@ -107,7 +107,7 @@ def rb_scale(x: Tensor, router: Tensor) -> Tensor:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        return _rb_scale(x, router)
+        return default_kernels["rb_scale"](x, router)
     with op_range("forward", "idlora::rb_scale"):
         return torch.ops.idlora.rb_scale(x, router)
 
@@ -167,7 +167,8 @@ def adapt(
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        z = _rb_scale(_cluster_gather(y0, index, bias if bias_in_y0 else None), router)
+        x = default_kernels["cluster_gather"](y0, index, bias if bias_in_y0 else None)
+        z = default_kernels["rb_scale"](x, router)
         return _apart_shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling)
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
@@ -210,17 +211,23 @@ def adapt_backward(
 default_kernels: dict[str, Callable[..., Any]] = {}  # native kernels hand over to them what they do not serve
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` with autocast off: its dtypes are chosen, not inherited."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args)
+
+    return run
+
+
 def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a kernel as the default of ``op``. It runs with autocast off: its dtypes are chosen, not inherited."""
+    """Register a kernel as the default of ``op``."""
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(kernel)
-        def run(first: Tensor, *args: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
-                return kernel(first, *args)
-
-        _library.impl(op, run, "CompositeExplicitAutograd")
-        default_kernels[op] = run
+        default_kernels[op] = _without_autocast(kernel)
+        _library.impl(op, default_kernels[op], "CompositeExplicitAutograd")
         return kernel
 
     return register
@@ -302,6 +309,7 @@ def _shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, s
     return y
 
 
+@_without_autocast
 def _apart_shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """The same for transforms, which do not see through ``out=``; a view is what they may return."""
     fakes.shared_gemm(y0, z, B, bias, scaling)

@@ -107,6 +107,20 @@ def test_a_layers_derivative_along_a_direction(settings, gradients):
         )
 
 
+def test_autocast_does_not_reach_into_a_transform():
+    """The operators choose the dtypes of their products, taken apart or not."""
+    y0, index, *rest = (t if t is None else t.float() if t.is_floating_point() else t for t in problem((24, 3, 4, 2)))
+
+    def function(y0):
+        return ops.adapt(y0, index, *rest, 0.7)
+
+    expected, _ = jvp(function, (y0,), (torch.ones_like(y0),))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, along = jvp(function, (y0,), (torch.ones_like(y0),))
+    assert torch.equal(y, expected)
+    assert along.dtype == torch.float32
+
+
 def test_transforms_check_their_arguments():
     index, router, B = adapter_tensors(24, 3, 4, 2)
     with pytest.raises(ValueError, match="B must be"):
