@@ -167,9 +167,8 @@ def adapt(
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        x = default_kernels["cluster_gather"](y0, index, bias if bias_in_y0 else None)
-        z = default_kernels["rb_scale"](x, router)
-        return _apart_shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling)
+        z = rb_scale(cluster_gather(y0, index, bias if bias_in_y0 else None), router)
+        return shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling)
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if save_x or not profiling.eager_without_ranges():

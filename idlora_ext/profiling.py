@@ -60,7 +60,7 @@ def off() -> bool:
 
 def eager_without_ranges() -> bool:
     """Whether this is plain eager code: neither ranges nor, for a compiler, a way through autograd are asked for."""
-    return not torch.compiler.is_compiling() and _domain is None
+    return not torch.compiler.is_compiling() and _domain is None  # in this order, as above
 
 
 def layer(name: str) -> AbstractContextManager[None]:

@@ -64,6 +64,7 @@ def adapted(**settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 3)).double()
     idlora_ext.apply(model, IdLoraConfig(r=4, target_modules=["0"], **settings))
+    model(torch.randn(8, 10).double())  # the batch that a mean is taken from
     for name, parameter in model.named_parameters():
         if "idlora_B" in name:
             nn.init.normal_(parameter)
@@ -71,7 +72,8 @@ def adapted(**settings):
 
 
 SETTINGS = {
-    "default": {"center": False},
+    "default": {},
+    "static": {"center": False},
     "linear": {"router": "linear", "center": False},
     "bounded": {"router": "bounded", "center": False},
     "scaled rows": {"row_scale": True, "center": False},

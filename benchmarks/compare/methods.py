@@ -73,10 +73,8 @@ METHODS: dict[str, Method] = {
             32,
             router="static",
             center=True,
-            rank_pattern={
-                **{"q_proj": 56, "o_proj": 56, "down_proj": 64, "gate_proj": 16, "up_proj": 16},
-                **{"query": 44, "key": 44, "value": 44, "output.dense": 44, "intermediate.dense": 16},  # an encoder
-            },
+            rank_pattern={"q_proj": 56, "o_proj": 56, "down_proj": 64, "gate_proj": 16, "up_proj": 16}
+            | {"query": 44, "key": 44, "value": 44, "output.dense": 44, "intermediate.dense": 16},  # an encoder's
         )
     ),
     "idlora-r32-static-pivoted": Method(
