@@ -59,9 +59,11 @@ def check_error(shape, N, dtype):
     for (held, bias_in_y0), static in itertools.product(((torch.float32, False), (dtype, True)), (False, True)):
         kind = {"held": held, "shared": bias_in_y0, "static": static}
         errors = draw_errors(shape, N, dtype, bias_in_y0, kind, range(1))
-        few = min(16, math.ceil(64 / problem(shape, N, dtype, **kind)[3].numel()))
-        if few > 1:  # the error of a few numbers is luck: the router's gradient is that of draws with 64, or of 16
-            errors["dT"] = draw_errors(shape, N, dtype, bias_in_y0, kind, range(few))["dT"]
+        *_, router, B, _ = problem(shape, N, dtype, **kind)
+        for name, parameter in {"dT": router, "dB": B}.items():
+            few = min(16, math.ceil(64 / parameter.numel()))
+            if few > 1:  # the error of a few numbers is luck: it is that of draws with 64, or of 16
+                errors[name] = draw_errors(shape, N, dtype, bias_in_y0, kind, range(few))[name]
         for name, (ours, plain, rounding) in errors.items():
             assert ours <= (2 if name in "yx" else 3) * max(plain, rounding), (name, kind)
 

@@ -6,15 +6,17 @@
 
 namespace idlora::cpu::IDLORA_ISA {
 
-constexpr int64_t DEPTH = 128;   // columns of dy, or tokens, that a product takes at a time
-constexpr int64_t DB_ROWS = 96;  // rows of dB that a thread sums at a time
+constexpr int64_t DEPTH = 128;   // columns of dy that a product takes at a time
+constexpr int64_t TOKENS = 32;   // whose dy, in so many columns, stays in the cache from its first use to its last
+constexpr int64_t SHARES = 16;   // of the tokens, at most, each with sums of its own for dT and dB
 
-// Tokens whose share of dT is summed on its own. It depends on N alone, so that dT does not depend on the threads.
-inline int64_t tokens_per_chunk(int64_t N) { return larger(8, smaller(32, N / 16)); }
+// Tokens of a share. It depends on N alone, so that the sums over all shares do not depend on the threads.
+inline int64_t tokens_per_share(int64_t N) { return larger(8, ceil_div(N, SHARES)); }
 
-// dz of tokens [begin, end), [tokens, s, padded(q)], not scaled. Copies dy to dy0 on the way.
+// Of tokens [begin, end): dz, [tokens, s, padded(q)], not scaled; adds what they give to dB, [d/s, padded(q)], not
+// scaled either, with z as dz. Copies dy to dy0 on the way.
 template <class T>
-void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, float* dz) {
+void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, const float* z, float* dz, float* dB) {
   const int64_t ds = p.d / p.s, q = p.r / p.s, width = padded(q), parts = (end - begin) * p.s;
   const bool as_it_is = p.B_dtype == Dtype::float32 && !std::is_same_v<T, bfloat16> && q == width;
   const Buffer dy(parts * DEPTH), panel(as_it_is ? 0 : DEPTH * width);
@@ -39,6 +41,7 @@ void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, floa
       prefetch(to + depth, next);
     }
     multiply(parts, width, depth, dy, DEPTH, 1, B, width, dz, width, c > 0);
+    multiply(depth, width, parts, dy, 1, DEPTH, z, width, dB + c * width, width, true);
   }
 }
 
@@ -58,15 +61,15 @@ inline void scatter(T* dy0, const int32_t* index, int64_t r, const float* dx) {
   }
 }
 
-// dy0 of tokens [begin, end) and their share of dT, [router_rows, padded(r)]; of a static router's, first in each row.
-// z: where the operands of dB go, [N, s, padded(q)]; or else dz is given.
+// dy0 of tokens [begin, end), and what they add to dT, [router_rows, router.width()] (of a static router's, first in each
+// row), and to dB; or else dz is given, and dB is not summed here.
 template <class T>
 void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const T* given_dz, int64_t begin, int64_t end,
-                     float* z, float* dT) {
+                     float* dT, float* dB) {
   const int64_t tokens = end - begin, k = p.x_clusters, n = k * p.r, width = padded(p.r), q = p.r / p.s,
                 q_width = padded(q);
-  const Buffer x(tokens * k * width), a(tokens * k), one(width), parts(given_dz ? 0 : tokens * p.s * q_width),
-      dx(width);
+  const int64_t operands = given_dz ? 0 : tokens * p.s * q_width;
+  const Buffer x(tokens * k * width), a(tokens * k), one(width), z(operands), parts(operands), dx(width);
   for (int64_t t = 0; t < tokens; ++t) {
     float* const wide = x + t * k * width;
     widen_x(static_cast<const T*>(p.x) + (begin + t) * n, k, p.r, wide);
@@ -75,11 +78,10 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
       std::memcpy(static_cast<T*>(p.dy0) + (begin + t) * p.d,
                   static_cast<const T*>(p.dy) + (begin + t) * p.dy_stride, p.d * sizeof(T));
     else
-      for (int64_t j = 0; j < p.s; ++j) pack<T>(one + j * q, 1, q, z + ((begin + t) * p.s + j) * q_width);
+      for (int64_t j = 0; j < p.s; ++j) pack<T>(one + j * q, 1, q, z + (t * p.s + j) * q_width);
   }
-  if (!given_dz) multiply_dy<T>(p, begin, end, parts);
+  if (!given_dz) multiply_dy<T>(p, begin, end, z, parts, dB);
 
-  std::memset(dT, 0, p.router_rows * width * sizeof(float));
   const float* const dz = one;
   const float scaling = p.scaling;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -93,7 +95,7 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
     T* const dy0 = static_cast<T*>(p.dy0) + (begin + t) * p.d;
     for (int64_t i = 0; i < k; ++i) {
       const float* const x_i = x + (t * k + i) * width;
-      float* const dT_i = dT + (p.router_rows == 1 ? 0 : i * width);
+      float* const dT_i = dT + (p.router_rows == 1 ? 0 : i * router.width());
       Floats product{};
       for (int64_t j = 0; j < width; j += W) product += load(dz + j) * load(x_i + j);
       const float da = sum(product), a_i = a[t * k + i];
@@ -112,59 +114,44 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
   }
 }
 
-// to[at + i] = scaling * from[i] in `dtype`.
-inline void narrow(const float* from, float scaling, int64_t n, Dtype dtype, void* to, int64_t at) {
-  typed(dtype, to, [=](auto* typed_to) {
-    for_vectors(n, [=](int64_t i, auto load, auto store) { store(typed_to + at + i, scaling * load(from + i)); });
-  });
-}
-
-// Rows [begin, end) of dB = scaling * sum over tokens and parts of dy^T z, with z the operands [N, s, padded(q)].
-template <class T>
-void sum_dB(const AdaptBackwardProblem& p, const float* z, int64_t begin, int64_t end) {
-  const int64_t ds = p.d / p.s, q = p.r / p.s, width = padded(q);
-  const Buffer dy(DEPTH * DB_ROWS), dB(DB_ROWS * width);
-  for (int64_t c = begin; c < end; c += DB_ROWS) {
-    const int64_t rows = smaller(DB_ROWS, end - c);
-    std::memset(dB, 0, rows * width * sizeof(float));
-    for (int64_t n = 0; n < p.N; n += DEPTH) {
-      const int64_t depth = smaller(DEPTH, p.N - n);
-      for (int64_t j = 0; j < p.s; ++j) {
-        const T* from = static_cast<const T*>(p.dy) + n * p.dy_stride + j * ds + c;
-        for (int64_t t = 0; t < depth; ++t, from += p.dy_stride) {
-          widen(from, rows, dy + t * DB_ROWS);
-          if (n + t + DEPTH < p.N) prefetch(from + DEPTH * p.dy_stride, rows);
-        }
-        multiply(rows, width, depth, dy, 1, DB_ROWS, z + (n * p.s + j) * width, p.s * width, dB, width, true);
+// Rows of n columns in `dtype`: to[i] = scaling * the sum over all shares of from[i], whose rows have padded(n) columns.
+inline void add_up(const Parallel& parallel, const float* from, int64_t shares, int64_t rows, int64_t n, float scaling,
+                   Dtype dtype, void* to) {
+  const int64_t width = padded(n);
+  parallel_for(parallel, rows, shares * width, [&](int64_t begin, int64_t end) {
+    const Buffer sums(width);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t j = 0; j < width; j += W) {
+        Floats sum{};
+        for (int64_t i = 0; i < shares; ++i) sum += load(from + (i * rows + row) * width + j);
+        store(sums + j, scaling * sum);
       }
+      typed(dtype, to, [&](auto* narrow) {
+        for_vectors(n, [&](int64_t j, auto load, auto store) { store(narrow + row * n + j, load(sums + j)); });
+      });
     }
-    for (int64_t i = 0; i < rows; ++i) narrow(dB + i * width, p.scaling, q, p.B_dtype, p.dB, (c + i) * q);
-  }
+  });
 }
 
 template <class T>
 void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Parallel& parallel) {
   const Router router(p);
-  const int64_t ds = p.d / p.s, q = p.r / p.s, width = padded(p.r);
-  const int64_t chunk = tokens_per_chunk(p.N), chunks = ceil_div(p.N, chunk), share = p.router_rows * width;
-  const Buffer z(dz ? 0 : p.N * p.s * padded(q)), dT((chunks + 1) * share);
-  parallel_for(parallel, chunks, chunk * (16 * p.k * p.r + (dz ? p.d : p.d * q)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      backward_tokens(p, router, static_cast<const T*>(dz), i * chunk, smaller(p.N, (i + 1) * chunk), z,
-                      dT + (i + 1) * share);
+  const int64_t ds = p.d / p.s, q = p.r / p.s, columns = p.static_router ? 1 : p.r;
+  const int64_t tokens = tokens_per_share(p.N), shares = ceil_div(p.N, tokens);
+  const int64_t dT_size = p.router_rows * router.width(), dB_size = dz ? 0 : ds * padded(q);
+  const Buffer dT(shares * dT_size), dB(shares * dB_size);
+  parallel_for(parallel, shares, tokens * (16 * p.k * p.r + (dz ? p.d : 2 * p.d * q)), [&](int64_t begin, int64_t end) {
+    std::memset(dT + begin * dT_size, 0, (end - begin) * dT_size * sizeof(float));
+    std::memset(dB + begin * dB_size, 0, (end - begin) * dB_size * sizeof(float));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t stop = smaller(p.N, (i + 1) * tokens);
+      for (int64_t n = i * tokens; n < stop; n += TOKENS)
+        backward_tokens(p, router, static_cast<const T*>(dz), n, smaller(stop, n + TOKENS), dT + i * dT_size,
+                        dB + i * dB_size);
+    }
   });
-  std::memset(dT, 0, share * sizeof(float));
-  for (int64_t i = 1; i <= chunks; ++i)
-    for (int64_t j = 0; j < share; j += W) store(dT + j, load(dT + j) + load(dT + i * share + j));
-  const int64_t columns = p.static_router ? 1 : p.r;
-  for (int64_t i = 0; i < p.router_rows; ++i)
-    narrow(dT + i * width, 1, columns, p.router_dtype, p.drouter, i * columns);
-
-  if (dz) return;
-  const int64_t groups = ceil_div(ds, TILE_ROWS);
-  parallel_for(parallel, groups, p.N * p.s * q * TILE_ROWS, [&](int64_t begin, int64_t end) {
-    sum_dB<T>(p, z, begin * TILE_ROWS, smaller(ds, end * TILE_ROWS));
-  });
+  add_up(parallel, dT, shares, p.router_rows, columns, 1, p.router_dtype, p.drouter);
+  if (!dz) add_up(parallel, dB, shares, ds, q, p.scaling, p.B_dtype, p.dB);
 }
 
 inline void adapt_backward(const AdaptBackwardProblem& p, const void* dz, const Parallel& parallel) {

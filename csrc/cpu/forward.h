@@ -9,14 +9,12 @@ namespace idlora::cpu::IDLORA_ISA {
 constexpr int64_t GROUP_ROWS = 96;  // rows of the product, which are tokens' parts, between two walks through B
 
 template <class T>
-void gather_tokens(const T* y0, const GatherProblem& p, const Parallel& parallel) {
-  const Bias bias(p.bias, p.bias_dtype, p.d);
+void gather_x(const T* y0, const GatherProblem& p, const Parallel& parallel) {
   const int64_t n = p.k * p.r;
+  const Offset offset(p.bias, p.bias_dtype, p.index, n);
   parallel_for(parallel, p.N, 4 * n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* const row = y0 + i * p.y0_stride;
-      gather(row, i + 1 < p.N ? row + p.y0_stride : row, p.index, bias, n, static_cast<T*>(p.x) + i * n);
-    }
+    for (int64_t i = begin; i < end; i += GROUP_ROWS)
+      gather_tokens(y0, p.y0_stride, i, smaller(end, i + GROUP_ROWS), p.index, n, offset, static_cast<T*>(p.x) + i * n);
   });
 }
 
@@ -47,15 +45,14 @@ inline void finish(const T* y0, const float* bias, float scaling, const float* s
 
 // The z of tokens [begin, end) as operands of their product. Keeps x where p.x is.
 template <class T>
-void route_tokens(const AdaptProblem& p, const float* bias, const Router& router, int64_t begin, int64_t end,
+void route_tokens(const AdaptProblem& p, const float* offset, const Router& router, int64_t begin, int64_t end,
                   float* z) {
   const int64_t n = p.k * p.r, width = padded(p.r);
-  const Buffer gathered(n), wide(p.k * width), a(p.k), routed(width);
   const bool keeps_x = p.x && p.x_clusters == p.k, keeps_sum = p.x && !keeps_x;
-  for (int64_t i = begin; i < end; ++i, z += p.r) {
-    T* const x = keeps_x ? static_cast<T*>(p.x) + i * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
-    const T* const y0 = static_cast<const T*>(p.y0) + i * p.y0_stride;
-    gather(y0, i + 1 < p.N ? y0 + p.y0_stride : y0, p.index, p.bias_in_y0 ? bias : nullptr, n, x);
+  const Buffer gathered(keeps_x ? 0 : (end - begin) * n), wide(p.k * width), a(p.k), routed(width);
+  T* x = keeps_x ? static_cast<T*>(p.x) + begin * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
+  gather_tokens(static_cast<const T*>(p.y0), p.y0_stride, begin, end, p.index, n, offset, x);
+  for (int64_t i = begin; i < end; ++i, x += n, z += p.r) {
     widen_x(x, p.k, p.r, wide);
     if (keeps_sum)
       for_vectors(p.r, [&](int64_t j, auto load, auto store) {
@@ -155,27 +152,27 @@ void shared_gemm_tokens(const T* y0, const SharedGemmProblem& p, bool product, c
 
 template <class T>
 void adapt_tokens(const T* y0, const AdaptProblem& p, float* z, const Parallel& parallel) {
-  const Bias bias(p.bias, p.bias_dtype, p.d);
+  const Bias added(p.bias_in_y0 ? nullptr : p.bias, p.bias_dtype, p.d);
+  const Offset offset(p.bias_in_y0 ? p.bias : nullptr, p.bias_dtype, p.index, p.k * p.r);
   const Router router(p);
-  const float* const added = p.bias_in_y0 ? nullptr : static_cast<const float*>(bias);
   if (!z) {
     SharedGemmProblem product{};
     product.N = p.N, product.d = p.d, product.r = p.r, product.s = p.s, product.y0_stride = p.y0_stride;
     product.y0 = p.y0, product.B = p.B, product.y = p.y, product.scaling = p.scaling, product.B_dtype = p.B_dtype;
     return multiply_tokens<T>(product, added, parallel, [&](int64_t begin, int64_t end, float* operands) {
-      route_tokens<T>(p, bias, router, begin, end, operands);
+      route_tokens<T>(p, offset, router, begin, end, operands);
     });
   }
   parallel_for(parallel, p.N, 8 * p.k * p.r + p.d, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      route_tokens<T>(p, bias, router, n, n + 1, z + n * p.r);
+      route_tokens<T>(p, offset, router, n, n + 1, z + n * p.r);
       finish(y0 + n * p.y0_stride, added, 0, nullptr, p.d, static_cast<T*>(p.y) + n * p.d);
     }
   });
 }
 
 inline void cluster_gather(const GatherProblem& p, const Parallel& parallel) {
-  typed(p.dtype, p.y0, [&](const auto* y0) { gather_tokens(y0, p, parallel); });
+  typed(p.dtype, p.y0, [&](const auto* y0) { gather_x(y0, p, parallel); });
 }
 inline void rb_scale(const RbScaleProblem& p, const Parallel& parallel) {
   typed(p.dtype, p.x, [&](const auto* x) { rb_scale_tokens(x, p, parallel); });

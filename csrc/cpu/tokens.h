@@ -18,6 +18,7 @@ class Router {
     });
   }
   bool constants() const { return constants_; }
+  int64_t width() const { return width_; }
   const float* operator[](int64_t i) const { return floats_ + (shared_ ? 0 : i * width_); }
 
  private:
@@ -26,7 +27,7 @@ class Router {
   Buffer floats_;
 };
 
-// The bias as floats, or null. Copied only if it has another dtype: one token reads few of a mean's d entries.
+// The bias as floats, or null.
 class Bias {
  public:
   Bias(const void* bias, Dtype dtype, int64_t d)
@@ -42,28 +43,54 @@ class Bias {
   const float* floats_;
 };
 
+// What is subtracted from the columns that are gathered, bias[index] as floats, or null.
+class Offset {
+ public:
+  Offset(const void* bias, Dtype dtype, const int32_t* index, int64_t n) : given_(bias), floats_(bias ? n : 0) {
+    if (!bias) return;
+    const Buffer narrow(n);
+    typed(dtype, bias, [&](const auto* b) {
+      auto* const gathered = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(b)>>*>(
+          static_cast<float*>(narrow));
+      for (int64_t i = 0; i < n; ++i) gathered[i] = b[index[i]];
+      widen(gathered, n, floats_);
+    });
+  }
+  operator const float*() const { return given_ ? static_cast<const float*>(floats_) : nullptr; }
+
+ private:
+  bool given_;
+  Buffer floats_;
+};
+
 // x of one token as floats, [k, padded(r)].
 template <class T>
 inline void widen_x(const T* x, int64_t k, int64_t r, float* wide) {
   for (int64_t i = 0; i < k; ++i) widen(x + i * r, r, wide + i * padded(r));
 }
 
-// x_i = (y0 - bias)[index_i] of one token, rounded to T as it is kept. `next` is y0 of the token that follows: no
-// processor foresees what is gathered there.
+// x_i = y0[index_i] of one token. `next` is y0 of the token that follows: no processor foresees what is gathered there.
 template <class T>
-inline void gather(const T* y0, const T* next, const int32_t* index, const float* bias, int64_t n, T* x) {
+inline void gather(const T* y0, const T* next, const int32_t* index, int64_t n, T* x) {
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; ++i) {
     x[i] = y0[index[i]];
     __builtin_prefetch(next + index[i]);
   }
-  if (!bias) return;
-  for (int64_t i = 0; i < n; i += W) {
-    const int64_t count = smaller(W, n - i);
-    float b[W] = {};
-    for (int64_t j = 0; j < count; ++j) b[j] = bias[index[i + j]];
-    store(x + i, load(x + i, count) - load(b), count);
+}
+
+// Likewise of tokens [begin, end), less an offset [n] if there is one, rounded to T as it is kept. Of all tokens first
+// what is gathered: a vector that was just written in single elements has to wait for them.
+template <class T>
+inline void gather_tokens(const T* y0, int64_t stride, int64_t begin, int64_t end, const int32_t* index, int64_t n,
+                          const float* offset, T* x) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T* const row = y0 + i * stride;
+    gather(row, i + 1 < end ? row + stride : row, index, n, x + (i - begin) * n);
   }
+  if (!offset) return;
+  for (int64_t i = begin; i < end; ++i, x += n)
+    for_vectors(n, [=](int64_t j, auto load, auto store) { store(x + j, load(x + j) - load(offset + j)); });
 }
 
 // a_i = <T_i, x_i>, z = sum_i a_i x_i; x is [k, width] with zeros behind r, width = padded(r).
