@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,10 @@ class IdLoraLayer(MergeableLayer):
             if self.centered.get(adapter, True) or not B.requires_grad or not y0.numel():
                 continue
             mean = self.idlora_mean[adapter]
+            if ops.transformed():
+                if mean.any():  # it is from a file
+                    continue
+                self._refuse_mean(adapter, "a transform (torch.func, forward-mode) may not change a buffer")
             taken = mean.any() | B.any()  # it is from a file, however that was loaded
             if distributed.world_size() == 1 or not (
                 self.on_this_rank_only or isinstance(self.base_layer, ExpertLinear)
@@ -215,13 +219,15 @@ class IdLoraLayer(MergeableLayer):
                 of_batch = distributed.mean_over_tokens(y0, self._columns(y0), self.out_features, self.padding_mask)
                 mean.copy_(torch.where(taken, mean, of_batch))
             elif not taken:
-                raise ValueError(
-                    f"layer {self.name!r}: adapter {adapter!r} is to be centred by the mean over the first batch, but "
-                    "not all ranks call this layer, and they would wait for one another. Call "
-                    "idlora_ext.calibrate(model, batches) on every rank before training, or use center=False."
-                )
+                self._refuse_mean(adapter, "not all ranks call this layer, and they would wait for one another")
             self.centered[adapter] = True
         self.padding_mask = None
+
+    def _refuse_mean(self, adapter: str, why: str) -> NoReturn:
+        raise ValueError(
+            f"layer {self.name!r}: adapter {adapter!r} is to be centred by the mean over the first batch, but {why}. "
+            "Call idlora_ext.calibrate(model, batches) before training (on every rank), or use center=False."
+        )
 
     def refuse_pending(self, adapters: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""

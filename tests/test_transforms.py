@@ -59,11 +59,16 @@ def test_second_derivatives_of_the_native_kernels(router_kind, device):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
-def adapted(**settings):
-    """A small network of float64 with one adapted layer that does something."""
+def fresh(**settings):
+    """A small network of float64 with one adapted layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 3)).double()
-    idlora_ext.apply(model, IdLoraConfig(r=4, target_modules=["0"], **settings))
+    return idlora_ext.apply(model, IdLoraConfig(r=4, target_modules=["0"], **settings))
+
+
+def adapted(**settings):
+    """One whose adapter does something."""
+    model = fresh(**settings)
     model(torch.randn(8, 10).double())  # the batch that a mean is taken from
     for name, parameter in model.named_parameters():
         if "idlora_B" in name:
@@ -107,6 +112,21 @@ def test_a_layers_derivative_along_a_direction(settings, gradients):
         torch.testing.assert_close(
             along, (model(h + step * v) - model(h - step * v)) / (2 * step), rtol=1e-6, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_a_transform_does_not_take_a_mean(transform):
+    model, rows = fresh(), torch.randn(5, 10).double()
+    with pytest.raises(ValueError, match=r"layer '0'.*calibrate"):
+        if transform == "jvp":
+            jvp(model, (rows,), (rows,))
+        else:
+            vmap(grad(lambda row: model(row).sum()))(rows)
+    assert not model[0].idlora_mean["default"].any()
+    model(rows)
+    model[0].centered["default"] = False  # as after loading: a mean is there, and not known to have been taken
+    torch.testing.assert_close(jvp(model, (rows,), (rows,))[0], model(rows))
+    assert vmap(grad(lambda row: model(row).sum()))(rows).shape == rows.shape
 
 
 def test_autocast_does_not_reach_into_a_transform():

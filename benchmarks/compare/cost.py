@@ -4,11 +4,10 @@
     python -m benchmarks.compare.cost --device cuda --dtype bfloat16   # the same on a GPU
 
 Every measurement is a fresh process, and they take turns (A B C A B C ..), so that what else a machine does falls on
-all alike; given are medians, and 20th and 80th percentiles. Times are of processes that keep the memory they free
-(glibc gives it back and takes it anew in every step), peak memory is taken before. A step is the forward pass, the backward pass down to the
+all alike; given are medians, and 20th and 80th percentiles. A step is the forward pass, the backward pass down to the
 embeddings, and the optimizer's step, on random tokens; the frozen model's has no optimizer. On a CPU time is the
 process's own (user and system, all threads), which a busy machine disturbs least; wall time stands beside it in the
-file.
+file. While it is taken, the process keeps the memory that it frees; peak memory is of steps before that.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    keep_freed_memory()  # else a step takes 0.3 to 2 s in the system for 200,000 pages, whatever the method
+    keep_freed_memory()  # or any method's step takes 0.3 to 2 s in the system, for 200,000 pages
     step()
     steps = [timed(step, options.device) for _ in range(options.steps)]
     saved = saved_activations(model, input_ids=ids, labels=ids, use_cache=False)
