@@ -14,7 +14,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from compare import __main__ as cli
-from compare import cost, methods, objectives, report, roofline, run, studies, tasks
+from compare import budget, cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
@@ -211,6 +211,20 @@ def test_every_method_starts_at_the_base_model_and_learns(name):
         return
     assert losses[0] == methods.behaviour({"kind": "full"})[0]
     assert losses[-1] < losses[0]
+
+
+def test_a_budget_has_the_parameters_of_one_rank_for_all(model):
+    base = studies.base_experiment(str(model))
+    found = budget.gradients(base)
+    ranks = budget.allocate(found, 8, 2)
+    assert found.keys() == ranks.keys()
+    assert all(rank % 2 == 0 and rank <= found[name][2] for name, rank in ranks.items())
+    parameters = sum(found[name][1] * rank / 8 for name, rank in ranks.items())
+    assert 0.9 < parameters / sum(numel for _, numel, _ in found.values()) <= 1
+    narrow = [name for name in found if name.endswith("k_proj")]
+    doubled = {name: (2 * g if name in narrow else g, n, w) for name, (g, n, w) in found.items()}
+    after = budget.allocate(doubled, 8, 2)
+    assert sum(after[name] for name in narrow) > sum(ranks[name] for name in narrow)
 
 
 def test_hydralora_is_its_loop():

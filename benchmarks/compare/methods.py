@@ -7,9 +7,11 @@ is said. Settings of ID-LoRA are written out, so that moving a default does not 
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -44,6 +46,16 @@ def _idlora(r: int, **fields: Any) -> Adapter:
     return {"kind": "IdLoraConfig", "r": r, **paper, "selection": "nearest", "center": False, **fields}
 
 
+BUDGETED = _idlora(32, router="static", center=True)
+BUDGETS = Path(__file__).parent / "budget.json"  # model -> layer -> rank, for as many parameters; written by budget.py
+
+
+def _budgets() -> dict[str, int]:
+    """The ranks of all models: their layers have different names."""
+    models = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+    return {layer: rank for ranks in models.values() for layer, rank in ranks.items()}
+
+
 METHODS: dict[str, Method] = {
     "none": Method({"kind": "none"}),
     "lora-r8": Method(_lora(8)),
@@ -67,16 +79,7 @@ METHODS: dict[str, Method] = {
     "lily-r32": Method({"kind": "LilyConfig", "r": 32, "stride_A": 4, "num_B": 8}),
     "randlora-r32": Method({"kind": "RandLoraConfig", "r": 32}, centre=1e-3),
     "idlora-r32-bounded": Method(_idlora(32, router="bounded")),
-    # As many parameters, moved to where a gradient of B is largest for each: to the narrow layers from gate and up.
-    "idlora-r32-budget": Method(
-        _idlora(
-            32,
-            router="static",
-            center=True,
-            rank_pattern={"q_proj": 56, "o_proj": 56, "down_proj": 64, "gate_proj": 16, "up_proj": 16}
-            | {"query": 44, "key": 44, "value": 44, "output.dense": 44, "intermediate.dense": 16},  # an encoder's
-        )
-    ),
+    "idlora-r32-budget": Method(BUDGETED | {"rank_pattern": _budgets()}),
     "idlora-r32-static-pivoted": Method(
         _idlora(32, router="static", selection="pivoted_qr", row_scale=True),
     ),
@@ -109,6 +112,7 @@ def apply(model: nn.Module, adapter: Adapter) -> nn.Module:
     if settings is not None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*layers are too narrow")  # the parameters are counted
+            warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")  # other models' budgets
             return peft.get_peft_model(model, settings)
     if adapter["kind"] == "HydraLoRA":
         return apply_hydralora(model, adapter["r"], adapter["experts"], adapter["alpha"])

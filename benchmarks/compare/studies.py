@@ -30,7 +30,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
     # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
     "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
-    # As many parameters in other layers; another method, since it takes a table.
+    # As many parameters in other layers (budget.py); another method, since it takes a table.
     "budget": [{}, {"method": "idlora-r32-budget"}],
     "router": [
         {"router": router, "center": center, "shared_router": shared}
