@@ -6,9 +6,10 @@
 
 namespace idlora::cpu::IDLORA_ISA {
 
-constexpr int64_t DEPTH = 128;   // columns of dy that a product takes at a time
-constexpr int64_t TOKENS = 32;   // whose dy, in so many columns, stays in the cache from its first use to its last
-constexpr int64_t SHARES = 16;   // of the tokens, at most, each with sums of its own for dT and dB
+constexpr int64_t DEPTH = 128;  // columns of dy that a product takes at a time, from a copy
+constexpr int64_t STRIDE = DEPTH + W;  // of the rows of such a copy: a column lies in many sets of the cache
+constexpr int64_t TOKENS = 32;  // whose dy, in so many columns, stays in the cache from its first use to its last
+constexpr int64_t SHARES = 16;  // of the tokens, at most, each with sums of its own for dT and dB
 
 // Tokens of a share. It depends on N alone, so that the sums over all shares do not depend on the threads.
 inline int64_t tokens_per_share(int64_t N) { return larger(8, ceil_div(N, SHARES)); }
@@ -19,7 +20,7 @@ template <class T>
 void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, const float* z, float* dz, float* dB) {
   const int64_t ds = p.d / p.s, q = p.r / p.s, width = padded(q), parts = (end - begin) * p.s;
   const bool as_it_is = p.B_dtype == Dtype::float32 && !std::is_same_v<T, bfloat16> && q == width;
-  const Buffer dy(parts * DEPTH), panel(as_it_is ? 0 : DEPTH * width);
+  const Buffer dy(parts * STRIDE), panel(as_it_is ? 0 : DEPTH * width);
   for (int64_t c = 0; c < ds; c += DEPTH) {
     const int64_t depth = smaller(DEPTH, ds - c);
     const float* B = panel;
@@ -34,14 +35,14 @@ void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, cons
       for_vectors(depth, [=, &dy](int64_t i, auto load, auto store_part) {
         const Floats v = load(from + i);
         store_part(to + i, v);
-        store(dy + part * DEPTH + i, v);
+        store(dy + part * STRIDE + i, v);
       });
       const int64_t next = smaller(DEPTH, ds - c - depth);
       prefetch(from + depth, next);
       prefetch(to + depth, next);
     }
-    multiply(parts, width, depth, dy, DEPTH, 1, B, width, dz, width, c > 0);
-    multiply(depth, width, parts, dy, 1, DEPTH, z, width, dB + c * width, width, true);
+    multiply(parts, width, depth, dy, STRIDE, 1, B, width, dz, width, c > 0);
+    multiply(depth, width, parts, dy, 1, STRIDE, z, width, dB + c * width, width, true);
   }
 }
 
@@ -61,7 +62,7 @@ inline void scatter(T* dy0, const int32_t* index, int64_t r, const float* dx) {
   }
 }
 
-// dy0 of tokens [begin, end), and what they add to dT, [router_rows, router.width()] (of a static router's, first in each
+// dy0 of tokens [begin, end), and what they add to dT, [router_rows, router.width()] (a static router's: first in each
 // row), and to dB; or else dz is given, and dB is not summed here.
 template <class T>
 void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const T* given_dz, int64_t begin, int64_t end,
@@ -114,7 +115,7 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
   }
 }
 
-// Rows of n columns in `dtype`: to[i] = scaling * the sum over all shares of from[i], whose rows have padded(n) columns.
+// Rows of n columns in `dtype`: to = scaling * the sum over all shares of `from`, whose rows have padded(n) columns.
 inline void add_up(const Parallel& parallel, const float* from, int64_t shares, int64_t rows, int64_t n, float scaling,
                    Dtype dtype, void* to) {
   const int64_t width = padded(n);
