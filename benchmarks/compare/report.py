@@ -201,7 +201,7 @@ class Report:
         self, group: str, experiment: Experiment, runs: dict[int, Result], plain: dict[int, Result]
     ) -> list[str]:
         metrics = [result["metrics"] for result in runs.values()]
-        last = [m["alpha"][max(m["alpha"], key=int)][self.base.task] for m in metrics if m["alpha"]]
+        last = [a for m in metrics if m["alpha"] for a in m["alpha"][max(m["alpha"], key=int)].values()]
         alpha = "; ".join(f"{statistics.mean(a[key] for a in last):.3f}" for key in ("mean", "spread")) if last else ""
         loss = spread(map(loss_after, runs.values()), len(SEEDS))
         less = spread(differences(runs, plain), len(SEEDS), sign=True)

@@ -30,7 +30,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "rank": [{"r": r, "scaling": 32 / r} for r in (8, 16, 32, 64, 128)],
     # s^2 times as many rows for the same B: r = 32 at s = 2 has the parameters of r = 8 at s = 1.
     "rank boost": [{"r": r, "rank_boost": s, "scaling": 16 * s / r} for r, s in ((8, 1), (32, 2), (128, 4))],
-    # As many parameters in other layers (budget.py); another method, since it takes a table.
+    # As many parameters in other layers (budget.py), on every task; another method, since it takes a table.
     "budget": [{}, {"method": "idlora-r32-budget"}],
     "router": [
         {"router": router, "center": center, "shared_router": shared}
@@ -185,25 +185,31 @@ def quality(base: Experiment, find: Find) -> Iterable[Experiment]:
 
 
 def ablations(base: Experiment, find: Find) -> Iterable[Experiment]:
-    """One thing of ID-LoRA r=32 changed at a time, on one task; seed by seed, so that all of it is soon there."""
+    """One thing of ID-LoRA r=32 changed at a time; seed by seed, so that all of it is soon there."""
     for seed in SEEDS:
         for _, experiment in ablation_groups(base, find):
             yield replace(experiment, seed=seed)
 
 
 def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experiment]]:
-    """Ablations with the name of their group, without seeds; at the best rate of the form of their products."""
+    """Ablations with the name of their group, without seeds; at the best rate of the form of their products.
+
+    All on the first task; the budget, which is kept if it wins on two, on the others as well.
+    """
     given = METHODS[ABLATED].adapter
-    for group, overrides in ABLATIONS.items():
-        for override in overrides:
+    for group, task in ((group, task) for group in ABLATIONS for task in quality_tasks(base)):
+        if task != base.task and group != "budget":
+            continue
+        for override in ABLATIONS[group]:
             method = override.get("method", ABLATED)
             differs = {name: value for name, value in override.items() if name != "method" and given.get(name) != value}
             form = "idlora-r32-static" if override.get("center") is False else ABLATED
             if differs.get("router") == "linear":  # quadratic in the activation: of another size
                 form = "idlora-r32"
-            rate = best_rate(form, base.task, base, find)
+            rate = best_rate(form, task, base, find)
             if rate is not None:
-                yield group, replace(base, method=method, override=differs, lr=rate)
+                label = group if task == base.task else f"{group}, {task}"
+                yield label, replace(base, method=method, task=task, override=differs, lr=rate)
 
 
 Study = Callable[[Experiment, Find], Iterable[Experiment]]
