@@ -37,7 +37,7 @@ from .studies import (
 )
 from .tasks import HEADLINES, TASKS
 
-REFERENCES = ("lora-r8", "miss-r8")  # what differences are to
+REFERENCES = ("lora-r8", "lora-r4", "miss-r8")  # what differences are to; the last two are as small as r=32
 Result = dict[str, Any]
 
 
@@ -342,7 +342,7 @@ def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path
     figure, [axes] = _panels(1)
     title = f"{task}: mean and standard deviation over seeds"
     axes.set(title=title, xlabel="trainable parameters", ylabel="held-out loss", xscale="log")
-    axes.margins(0.12)
+    axes.margins(0.2)
     for method, runs in of_task.items():
         count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
         losses = [loss_after(result) for result in runs.values()]
@@ -350,8 +350,10 @@ def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path
             mean, deviation = _bars(losses)
             axes.errorbar(count, mean, deviation, fmt="o", color=_colour(method), capsize=3)
             label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
-            below = method.startswith("idlora")  # methods of as many parameters lie close to one another
-            axes.annotate(label, (count, mean), (5, -11 if below else 4), textcoords="offset points", fontsize="small")
+            # Methods of as many parameters lie close to one another.
+            side = "right" if method == "lora-r4" else "left"
+            at = (-6, -3) if side == "right" else (5, -11 if method.startswith("idlora") else 4)
+            axes.annotate(label, (count, mean), at, textcoords="offset points", fontsize="small", ha=side)
     figure.savefig(path, metadata={"Date": None})
 
 
