@@ -170,14 +170,13 @@ def test_autocast_forward_and_backward(kind, dtype):
     reference = _explicit(model.float())
     with torch.autocast("cpu", dtype):
         plain = gradients(reference, batch(4, 16), scale=scale)
-    finfo = torch.finfo(dtype)
-    largest = max(gradient.norm() for gradient in exact[1].values())
-    for name, gradient in exact[1].items():
-        error, allowed = ((g[1][name].double() - gradient).norm() for g in (low, plain))
-        if scale * gradient.norm() < finfo.smallest_normal:  # a saturated softmax has none: what both find is rounding
-            assert error <= finfo.eps * largest, (name, error, largest)
-            continue
-        assert error <= 3 * allowed + 1e-6 * gradient.norm(), (name, error, allowed)
+    sizes = {name: gradient.norm() for name, gradient in exact[1].items()}
+    ours, theirs = ({name: (g[1][name].double() - exact[1][name]).norm() for name in sizes} for g in (low, plain))
+    # Of a saturated softmax plain PyTorch finds no digit: such gradients are rounding alone, and compared as one.
+    rounding = max((theirs[name] for name, size in sizes.items() if theirs[name] >= size), default=0.0)
+    for name, size in sizes.items():
+        allowed = rounding if theirs[name] >= size else theirs[name]
+        assert ours[name] <= 3 * allowed + 1e-6 * size, (name, ours[name], allowed)
     assert (low[0] - exact[0]).abs() <= 2 * (plain[0] - exact[0]).abs() + torch.finfo(dtype).eps * exact[0]
 
 
