@@ -216,6 +216,7 @@ def main() -> None:
         runs = {} if options.again else earlier(options.output, settings)
     except ValueError as error:
         parser.error(str(error))
+    version = commit()  # before the file that is written changes the tree
     for turn, method in tqdm(list(product(range(options.repeats), options.methods)), unit="run"):
         if turn < len(runs.get(method, ())):
             continue
@@ -226,7 +227,7 @@ def main() -> None:
         runs.setdefault(method, []).append(json.loads(done.stdout.splitlines()[-1]))
         result = {
             "machine": describe(),
-            "commit": commit(),
+            "commit": version,
             "settings": settings,
             "summary": summarise(runs),
             "runs": runs,
