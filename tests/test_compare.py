@@ -292,7 +292,7 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
     assert "| lora-r8 |" in capsys.readouterr().out
 
     before = output.read_bytes()
-    monkeypatch.setattr(cost.subprocess, "run", None)  # what is there is not measured again
+    monkeypatch.setattr(cost, "subprocess", None)  # what is there is not measured again
     cost.main()
     assert "| lora-r8 |" in capsys.readouterr().out
     assert output.read_bytes() == before
