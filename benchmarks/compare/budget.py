@@ -20,10 +20,11 @@ from idlora_ext.layer import IdLoraLayer
 
 from . import methods, objectives
 from .experiment import ENCODER, MODEL, Experiment, model_path, write_json
-from .methods import BUDGETED, BUDGETS
-from .studies import base_experiment
+from .methods import BUDGETS, METHODS
+from .studies import ABLATED, base_experiment
 from .tasks import load_task
 
+UNIFORM = METHODS[ABLATED].adapter  # what it is compared with
 BATCHES = 8  # of the base experiment, in an order that seed 0 decides
 
 
@@ -31,7 +32,7 @@ def gradients(base: Experiment) -> dict[str, tuple[float, int, int]]:
     """Layer -> mean of ``|dL/dB|`` over its entries, their number, and the largest rank that fits it."""
     path = model_path(base.model)
     torch.manual_seed(0)
-    model = methods.apply(objectives.load(path, getattr(torch, base.dtype)), BUDGETED)
+    model = methods.apply(objectives.load(path, getattr(torch, base.dtype)), UNIFORM)
     layers = {module.name: module for module in model.modules() if isinstance(module, IdLoraLayer)}
     rows = torch.cat([part.train for part in load_task(base.task, path, base.length).values()])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -67,9 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help=f"{MODEL}, {ENCODER}, or a directory")
     options = parser.parse_args()
-    allocated = allocate(gradients(base_experiment(options.model)), BUDGETED["r"], BUDGETED["rank_boost"])
-    before = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
-    write_json(BUDGETS, before | {Path(options.model).name: allocated})
+    allocated = allocate(gradients(base_experiment(options.model)), UNIFORM["r"], UNIFORM["rank_boost"])
+    write_json(BUDGETS, json.loads(BUDGETS.read_text()) | {Path(options.model).name: allocated})
     for name, rank in allocated.items():
         print(f"{rank:4d}  {name}")
 

@@ -46,14 +46,12 @@ def _idlora(r: int, **fields: Any) -> Adapter:
     return {"kind": "IdLoraConfig", "r": r, **paper, "selection": "nearest", "center": False, **fields}
 
 
-BUDGETED = _idlora(32, router="static", center=True)
 BUDGETS = Path(__file__).parent / "budget.json"  # model -> layer -> rank, for as many parameters; written by budget.py
 
 
 def _budgets() -> dict[str, int]:
     """The ranks of all models: their layers have different names."""
-    models = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
-    return {layer: rank for ranks in models.values() for layer, rank in ranks.items()}
+    return {layer: rank for ranks in json.loads(BUDGETS.read_text()).values() for layer, rank in ranks.items()}
 
 
 METHODS: dict[str, Method] = {
@@ -79,7 +77,7 @@ METHODS: dict[str, Method] = {
     "lily-r32": Method({"kind": "LilyConfig", "r": 32, "stride_A": 4, "num_B": 8}),
     "randlora-r32": Method({"kind": "RandLoraConfig", "r": 32}, centre=1e-3),
     "idlora-r32-bounded": Method(_idlora(32, router="bounded")),
-    "idlora-r32-budget": Method(BUDGETED | {"rank_pattern": _budgets()}),
+    "idlora-r32-budget": Method(_idlora(32, router="static", center=True, rank_pattern=_budgets())),
     "idlora-r32-static-pivoted": Method(
         _idlora(32, router="static", selection="pivoted_qr", row_scale=True),
     ),

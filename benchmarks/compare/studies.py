@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,9 @@ def ablation_groups(base: Experiment, find: Find) -> Iterable[tuple[str, Experim
     All on the first task; the budget, which is kept if it wins on two, on the others as well.
     """
     given = METHODS[ABLATED].adapter
-    for group, task in ((group, task) for group in ABLATIONS for task in quality_tasks(base)):
-        if task != base.task and group != "budget":
-            continue
-        for override in ABLATIONS[group]:
+    for group, overrides in ABLATIONS.items():
+        tasks = quality_tasks(base) if group == "budget" else (base.task,)
+        for task, override in product(tasks, overrides):
             method = override.get("method", ABLATED)
             differs = {name: value for name, value in override.items() if name != "method" and given.get(name) != value}
             form = "idlora-r32-static" if override.get("center") is False else ABLATED

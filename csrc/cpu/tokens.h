@@ -1,4 +1,4 @@
-// One token at a time: the gather and the routed sum.
+// Of tokens: the gather and the routed sum.
 #pragma once
 
 #include "cpu/vector.h"
