@@ -47,18 +47,19 @@ class Bias {
 class Offset {
  public:
   Offset(const void* bias, Dtype dtype, const int32_t* index, int64_t n) : given_(bias), floats_(bias ? n : 0) {
-    if (!bias) return;
-    const Buffer narrow(n);
-    typed(dtype, bias, [&](const auto* b) {
-      auto* const gathered = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(b)>>*>(
-          static_cast<float*>(narrow));
-      for (int64_t i = 0; i < n; ++i) gathered[i] = b[index[i]];
-      widen(gathered, n, floats_);
-    });
+    if (bias) typed(dtype, bias, [&](const auto* b) { take(b, index, n); });
   }
   operator const float*() const { return given_ ? static_cast<const float*>(floats_) : nullptr; }
 
  private:
+  template <class T>
+  void take(const T* bias, const int32_t* index, int64_t n) {
+    const Buffer memory(n);
+    T* const gathered = reinterpret_cast<T*>(static_cast<float*>(memory));
+    for (int64_t i = 0; i < n; ++i) gathered[i] = bias[index[i]];
+    widen(gathered, n, floats_);
+  }
+
   bool given_;
   Buffer floats_;
 };
