@@ -225,6 +225,9 @@ def test_a_budget_has_the_parameters_of_one_rank_for_all(model):
     doubled = {name: (2 * g if name in narrow else g, n, w) for name, (g, n, w) in found.items()}
     after = budget.allocate(doubled, 8, 2)
     assert sum(after[name] for name in narrow) > sum(ranks[name] for name in narrow)
+    adapter = methods.METHODS["idlora-r32-budget"].adapter
+    with pytest.raises(ValueError, match=r"budget.json .* no rank for transformer.h.0.attn.c_attn.*compare.budget"):
+        methods.apply(tiny_gpt2(), adapter)
 
 
 def test_hydralora_is_its_loop():

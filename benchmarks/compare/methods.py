@@ -20,6 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import idlora_ext
+from idlora_ext.layer import IdLoraLayer
 
 from .hydralora import apply_hydralora
 from .objectives import classifies
@@ -111,7 +112,15 @@ def apply(model: nn.Module, adapter: Adapter) -> nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*layers are too narrow")  # the parameters are counted
             warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")  # other models' budgets
-            return peft.get_peft_model(model, settings)
+            model = peft.get_peft_model(model, settings)
+        ranks = adapter.get("rank_pattern", {})
+        layers = [module.name for module in model.modules() if isinstance(module, IdLoraLayer)]
+        if ranks and (others := [name for name in layers if name not in ranks]):
+            raise ValueError(
+                f"{BUDGETS.name} is of another model, it has no rank for {others[0]}: run "
+                "python -m benchmarks.compare.budget --model DIRECTORY first"
+            )
+        return model
     if adapter["kind"] == "HydraLoRA":
         return apply_hydralora(model, adapter["r"], adapter["experts"], adapter["alpha"])
     return model.requires_grad_(adapter["kind"] == "full")

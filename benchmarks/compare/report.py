@@ -170,7 +170,7 @@ class Report:
             reference = next((e for e in experiments if not e.override), experiments[0])
             runs = {experiment.variant: self._seeds(experiment) for experiment in experiments}
             plain = runs[reference.variant]
-            missing += [setting(e) for e in experiments if not runs[e.variant]]
+            missing += [f"{setting(e)} ({group})" for e in experiments if not runs[e.variant]]
             there = [e for e in experiments if runs[e.variant]]
             if len(there) > 1:  # something to compare
                 rows += [self._ablation_row(group, e, runs[e.variant], plain if e != reference else {}) for e in there]
