@@ -16,6 +16,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "idlora/problems.h"
@@ -44,14 +45,23 @@ struct Unbox<std::tuple<Results...>> {
   }
 };
 
+template <>
+struct Unbox<void> {
+  static constexpr size_t count = 0;
+};
+
 template <class Result, class... Arguments>
 Result call_default(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(Arguments), Unbox<Result>::count)> stack{
       torch::stable::detail::from(arguments)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  Result result = Unbox<Result>::from(stack.data());
-  raise_kept();
-  return result;
+  if constexpr (std::is_void_v<Result>) {
+    raise_kept();
+  } else {
+    Result result = Unbox<Result>::from(stack.data());
+    raise_kept();
+    return result;
+  }
 }
 
 // ---- tensors --------------------------------------------------------------------------------------------------------

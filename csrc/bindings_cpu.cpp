@@ -67,6 +67,18 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
   return y;
 }
 
+// y may be y0 itself: what a token's z is made of is read before anything of that token is written.
+void adapt_into(Tensor& y, AdaptProblem& p, const Tensor& B) {
+  p.y = y.mutable_data_ptr();
+  if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
+    Tensor z = allocate(y, {p.N, p.r}, ScalarType::Float);
+    cpu::adapt_before_gemm(p, z.mutable_data_ptr<float>(), torch_threads());
+    add_product(y, z, B, p.scaling);
+  } else {
+    cpu::adapt(p, torch_threads());
+  }
+}
+
 std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias,
                                  double scaling, bool bias_in_y0, bool save_x) {
   AdaptProblem p{};
@@ -75,16 +87,20 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
                                                     bias_in_y0, save_x);
   Tensor y = allocate(y0, y0.sizes());
   Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
-  p.y = y.mutable_data_ptr();
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
-  if (cpu::prefers_gemm_forward(p.dtype, p.N, p.d, p.r / p.s)) {
-    Tensor z = allocate(y0, {p.N, p.r}, ScalarType::Float);
-    cpu::adapt_before_gemm(p, z.mutable_data_ptr<float>(), torch_threads());
-    add_product(y, z, B, scaling);
-  } else {
-    cpu::adapt(p, torch_threads());
-  }
+  adapt_into(y, p, B);
   return {y, x};
+}
+
+void adapt_(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias, double scaling,
+            bool bias_in_y0) {
+  AdaptProblem p{};
+  Tensor y = y0;  // a copy, if y0 cannot be read as it is
+  if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0))
+    return call_default<void>("idlora::default_adapt_", y0, index, router, B, bias, scaling, bias_in_y0);
+  if (!y.is_contiguous()) y = torch::stable::contiguous(y), p.y0 = y.const_data_ptr(), p.y0_stride = p.d;
+  adapt_into(y, p, B);
+  if (y.get() != y0.get()) torch::stable::copy_(y0, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B,
@@ -121,5 +137,6 @@ STABLE_TORCH_LIBRARY_IMPL(idlora, CPU, m) {
   m.impl("rb_scale", TORCH_BOX(&idlora::rb_scale));
   m.impl("shared_gemm", TORCH_BOX(&idlora::shared_gemm));
   m.impl("adapt", TORCH_BOX(&idlora::adapt));
+  m.impl("adapt_", TORCH_BOX(&idlora::adapt_));
   m.impl("adapt_backward", TORCH_BOX(&idlora::adapt_backward));
 }

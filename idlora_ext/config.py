@@ -223,3 +223,15 @@ _LORA_FIELDS = LoraConfig.__dataclass_fields__
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
+    """``max r' <= r`` with ``k r' <= d``, ``s | r'`` and ``s | d``: the largest rank a layer of ``d`` outputs allows.
+
+    Returns:
+        The rank, or 0 if no rank fits.
+    """
+    if d % rank_boost:
+        return 0
+    widest = min(r, d // num_clusters)
+    return widest - widest % rank_boost

@@ -6,6 +6,8 @@ call them first. A message says which op, which argument, what was expected and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,6 +151,10 @@ def adapt(
         raise ValueError("idlora::adapt: bias_in_y0=True needs the bias that y0 contains, got bias=None")
     kept = (r,) if keeps_sum(router) else (k, r)
     return y0.new_empty(y0.shape), y0.new_empty(*y0.shape[:-1], *kept) if save_x else y0.new_empty(0)
+
+
+def adapt_(y0: Tensor, index: Tensor, router: Tensor, B: Tensor, *args: Any) -> None:
+    adapt(y0, index, router, B, *args)
 
 
 def adapt_backward(

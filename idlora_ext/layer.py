@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,29 +14,18 @@ from transformers.pytorch_utils import Conv1D
 from . import bounded_router, distributed, integration, ops, profiling
 from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtype, stored
 from .clustering import select_rows
-from .config import IdLoraConfig
+from .config import IdLoraConfig, fit_rank
 from .experts import ExpertLinear
 from .fakes import accumulate
 from .fingerprint import SIZE as FINGERPRINT_SIZE
 from .fingerprint import fingerprint
 from .integration import BufferDict
 from .merging import MergeableLayer
+from .router_start import start_router
 from .row_scale import row_scale
 
 if TYPE_CHECKING:
     from .mixed_batches import MixedBatch
-
-
-def fit_rank(d: int, num_clusters: int, r: int, rank_boost: int) -> int:
-    """``max r' <= r`` with ``k r' <= d``, ``s | r'`` and ``s | d``: the largest rank a layer of ``d`` outputs allows.
-
-    Returns:
-        The rank, or 0 if no rank fits.
-    """
-    if d % rank_boost:
-        return 0
-    widest = min(r, d // num_clusters)
-    return widest - widest % rank_boost
 
 
 class IdLoraLayer(MergeableLayer):
@@ -185,10 +173,14 @@ class IdLoraLayer(MergeableLayer):
         adapter is centred, by a mean which contains the bias.
         """
         layer: Any = self._modules["base_layer"]
-        if args or kwargs or not is_plain(layer):
-            bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
-            y0 = layer(h, *args, **kwargs)
-            return y0, _beside(bias, y0), bias is not None
+        if not (args or kwargs) and is_plain(layer):
+            return self._product(layer, h)
+        bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
+        y0 = layer(h, *args, **kwargs)
+        return y0, _beside(bias, y0), bias is not None
+
+    def _product(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """The same of a plain layer."""
         # Past nn.Module's lookups, which decoding feels in every layer; those of an expert are views, held by no one.
         held = layer._parameters
         bias, weight = (held["bias"], held["weight"]) if len(held) == 2 else (layer.bias, layer.weight)
@@ -302,6 +294,8 @@ class Linear(nn.Module, IdLoraLayer):
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
+        if h.is_cpu and not (torch.is_grad_enabled() or args or kwargs) and (y := self._infer(h)) is not None:
+            return y
         if self.mixed_batch is not None:
             return self.mixed_batch.forward(self, h, *args, **kwargs)
         if self.training and h.requires_grad:
@@ -316,28 +310,46 @@ class Linear(nn.Module, IdLoraLayer):
             self._take_mean(adapters, y0)
         return self._adapt(adapters, y0, bias, bias_in_y0)
 
-    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
-        if profiling.eager_without_ranges():
-            return self._epilogue(adapters, y0, bias, bias_in_y0)
-        with profiling.layer(self.name):
-            return self._epilogue(adapters, y0, bias, bias_in_y0)
+    def _infer(self, h: Tensor) -> Tensor | None:
+        """``forward`` without gradients on a CPU, written into what the base layer returns; None if that will not do.
 
-    def _epilogue(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        Decoding feels every lookup and every new tensor: what a layer needs has left the caches by the next token.
+        """
+        active = self._active_adapter
+        adapter = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
+        held: Any = self._modules
+        base = held["base_layer"]
+        if (
+            adapter not in held["idlora_B"]._parameters
+            or self.mixed_batch is not None
+            or self._disable_adapters
+            or self.merged_adapters
+            or self.pending
+            or self.training  # dropout
+            or self.bounded[adapter]
+            or adapter in held["idlora_row_scale"]._buffers
+            or not is_plain(base)  # which may keep what it returns
+            or not profiling.eager_without_ranges()
+        ):
+            return None
+        y0, bias, bias_in_y0 = self._product(base, h)
+        if type(y0) is not Tensor or y0.shape[-1] != self.out_features:
+            return self._adapt([adapter], y0, bias, bias_in_y0)
+        return ops.adapt_(y0, *self._arguments(adapter, y0, bias, bias_in_y0))
+
+    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         adapter = adapters[0]
         scaled: Any = self._modules["idlora_row_scale"]
-        if (  # what ops.adapt does not do
-            len(adapters) > 1
-            or self.bounded[adapter]
-            or adapter in scaled._buffers
-            or (self.training and self.dropout[adapter])
-            or y0.shape[-1] != self.out_features
-        ):
-            return self._by_operator(adapters, y0, bias, bias_in_y0)
-        index, router, B = self._tensors(adapter, y0.dtype)
-        offset = self._offset(y0, None, adapter, bias if bias_in_y0 else None)
-        if offset is not None:
-            bias, bias_in_y0 = offset, True
-        return ops.adapt(y0, index, router, B, bias, self.scaling[adapter], bias_in_y0=bias_in_y0)
+        with profiling.layer(self.name):
+            if (  # what ops.adapt does not do
+                len(adapters) > 1
+                or self.bounded[adapter]
+                or adapter in scaled._buffers
+                or (self.training and self.dropout[adapter])
+                or y0.shape[-1] != self.out_features
+            ):
+                return self._by_operator(adapters, y0, bias, bias_in_y0)
+            return ops.adapt(y0, *self._arguments(adapter, y0, bias, bias_in_y0))
 
     def _by_operator(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
@@ -351,6 +363,14 @@ class Linear(nn.Module, IdLoraLayer):
             y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])
             added = None
         return y
+
+    def _arguments(self, adapter: str, y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> tuple[Any, ...]:
+        """Those of ``ops.adapt`` beside ``y0``; of a centred adapter the mean is what ``y0`` contains."""
+        held: Any = self._modules["idlora_mean"]
+        mean = _beside(held._buffers.get(adapter), y0)
+        if mean is not None:
+            bias, bias_in_y0 = mean, True
+        return *self._tensors(adapter, y0.dtype), bias, self.scaling[adapter], bias_in_y0
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         held: Any = self._modules
@@ -377,24 +397,3 @@ def is_plain(layer: nn.Module) -> bool:
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
     )
-
-
-def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int, scale: Tensor | None = None) -> None:
-    """``T_j ~ N(0, 1 / (k r w_j^2))``, ``w_j`` the norm of the chosen row (its mean over clusters if ``T`` is shared),
-    with ``row_scale`` that of the scaled row, ``c_ij ||W[index_ij]||``.
-
-    For an input of unit variance ``x_ij`` has the size ``w_j``, so all ``r`` terms of ``a_i`` have one size, ``a_i``
-    starts at about ``1 / sqrt(k)``, and the first gradient of ``B`` is about that of a product with one ``A_i h``.
-    Other starts were tried on real activations, see docs/router_start.md.
-    """
-    if weight.is_meta or router.is_meta:  # PEFT's low_cpu_mem_usage: only the router is to come from a file
-        return
-    k, r = index.shape
-    norms = weight[index.flatten().long()].float().norm(dim=1).view(k, r)
-    if scale is not None:
-        norms = norms * scale
-    if router.shape[0] == 1:
-        norms = norms.mean(0, keepdim=True)
-    normal = torch.randn(router.shape, generator=torch.Generator().manual_seed(seed)).to(router.device)
-    floor = torch.finfo(torch.float32).tiny ** 0.5  # rows of zeros: their x is zero too
-    router.copy_(torch.where(norms > floor, normal / (norms.clamp_min(floor) * math.sqrt(k * r)), 0))

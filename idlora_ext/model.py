@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from . import centering, distributed, integration, merging
 from .base_weight import is_linear, linear_shape, stored
 from .checkpoint import verify
-from .config import IdLoraConfig
+from .config import IdLoraConfig, fit_rank
 from .experts import FUSED_FROM, UnfusedExperts, can_unfuse, fuse, fused_parameters
 from .integration import (
     BaseTuner,
@@ -26,7 +26,7 @@ from .integration import (
     check_target_module_exists,
     get_quantization_kwargs,
 )
-from .layer import IdLoraLayer, Linear, fit_rank
+from .layer import IdLoraLayer, Linear
 from .mixed_batches import adapter_names
 from .refusals import brief, refuse_existing, refuse_foreign_layers, unsupported
 from .restore import ModelState, remember_trainable, take_hooks_off

@@ -60,7 +60,7 @@ def _keeping_errors(_C: ModuleType, kernel: Callable[..., Any], returns: int) ->
         except BaseException as error:
             _C.keep(error)
             nothing = torch.empty(0)
-            return nothing if returns == 1 else (nothing,) * returns
+            return (None, nothing)[returns] if returns < 2 else (nothing,) * returns
 
     return run
 

@@ -6,7 +6,8 @@ For one adapted layer, with ``y0 = h W^T`` the output of the frozen base layer (
     a_i = <T_i, x_i>,  z = sum_i a_i x_i    rb_scale         one scalar per token and cluster
     y   = y0 + scaling * concat_j(B z^(j))  shared_gemm      one product for all clusters; z^(j): j-th of s parts
 
-``adapt`` is the three fused and ``adapt_backward`` its gradient; between the two only ``x`` is kept.
+``adapt`` is the three fused and ``adapt_backward`` its gradient; between the two only ``x`` is kept. ``adapt_`` writes
+into ``y0``.
 
 A router of one dimension is static: ``a_i`` is a constant, one for each cluster (``[k]``) or one for all (``[1]``).
 Then the update does not depend on the token: it is a matrix of rank ``r``. With one constant for all it is enough to
@@ -39,7 +40,7 @@ from . import autograd, fakes, profiling
 from .fakes import accumulate
 from .profiling import op_range
 
-__all__ = ["adapt", "adapt_backward", "cluster_gather", "rb_scale", "shared_gemm"]
+__all__ = ["adapt", "adapt_", "adapt_backward", "cluster_gather", "rb_scale", "shared_gemm"]
 
 SCHEMAS = (
     "cluster_gather(Tensor y0, Tensor index, Tensor? bias=None) -> Tensor",
@@ -50,6 +51,8 @@ SCHEMAS = (
     "shared_gemm_backward(Tensor dy, Tensor z, Tensor B, float scaling) -> (Tensor, Tensor)",
     "adapt(Tensor y0, Tensor index, Tensor router, Tensor B, Tensor? bias=None, float scaling=1.0, "
     "bool bias_in_y0=False, bool save_x=False) -> (Tensor, Tensor)",
+    "adapt_(Tensor(a!) y0, Tensor index, Tensor router, Tensor B, Tensor? bias=None, float scaling=1.0, "
+    "bool bias_in_y0=False) -> ()",
     "adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B, float scaling) "
     "-> (Tensor, Tensor, Tensor)",
 )
@@ -64,6 +67,7 @@ autograd.register(_library)
 # Without a gradient the way through autograd's wrapper, which is Python, takes longer than the kernel of one token.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _adapt_op = torch.ops.idlora.adapt.default
+_adapt_in_place = torch.ops.idlora.adapt_.default
 
 
 def transformed() -> bool:
@@ -141,7 +145,6 @@ def adapt(
     B: Tensor,
     bias: Tensor | None = None,
     scaling: float = 1.0,
-    *,
     bias_in_y0: bool = False,
 ) -> Tensor:
     """``y = y0 + bias + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``, ``x_i = y0[index_i]``.
@@ -176,6 +179,32 @@ def adapt(
             return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, save_x)[0]
     with _below_autograd():
         return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, False)[0]
+
+
+def adapt_(
+    y0: Tensor,
+    index: Tensor,
+    router: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    bias_in_y0: bool = False,
+) -> Tensor:
+    """:func:`adapt`, bit for bit, written into ``y0``, which is returned: for inference.
+
+    A new tensor costs one decoded token as much as its arithmetic. Kernels that write where they read are the CPU's;
+    elsewhere, for a ``y0`` of other strides and in transforms this is :func:`adapt` and a copy.
+
+    Raises:
+        RuntimeError: a gradient is wanted: use :func:`adapt`.
+        ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y0, router, B)):
+        raise RuntimeError("idlora::adapt_: it is for inference, where nothing is differentiated; use adapt")
+    if transformed():
+        return y0.copy_(adapt(y0, index, router, B, bias, scaling, bias_in_y0))
+    _adapt_in_place(y0, index, router, B, bias, scaling, bias_in_y0)
+    return y0
 
 
 def adapt_backward(
@@ -347,6 +376,11 @@ def _adapt(
     if save_x:
         x = wide.sum(-2).to(y0.dtype) if fakes.keeps_sum(router) else gathered
     return _shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling), x
+
+
+@_default("adapt_")
+def _adapt_(y0: Tensor, *args: Any) -> None:
+    y0.copy_(_adapt(y0, *args)[0])
 
 
 @_default("adapt_backward")

@@ -102,6 +102,10 @@ def test_kernel_error(shape, dtype, N):
 def test_error_with_torchs_product():
     """From some size on, bfloat16 products are torch's, where the processor has instructions for them."""
     check_error((1040, 4, 64, 2), 200, torch.bfloat16)
+    y0, _, *adapter = problem((1040, 4, 64, 2), 200, torch.bfloat16)
+    expected, _ = torch.ops.idlora.adapt(y0, *adapter, 0.7)
+    torch.ops.idlora.adapt_(y0, *adapter, 0.7)
+    assert torch.equal(y0, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,6 +121,24 @@ def test_kernel_results_do_not_depend_on_threads(dtype):
                 results.append(run("", *args))
             for result in results[1:]:
                 assert all(torch.equal(result[name], t) for name, t in results[0].items()), (shape, N)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_in_place_is_the_same(shape, dtype):
+    """Bit for bit: a token's columns are read before any of them is written, whatever threads share."""
+    before = torch.get_num_threads()
+    try:
+        for N, static, threads in itertools.product(TOKENS, (False, True), (1, 3)):
+            torch.set_num_threads(threads)
+            y0, _, *adapter = problem(shape, N, dtype, static=static)
+            for bias_in_y0 in (False, True):
+                expected, _ = torch.ops.idlora.adapt(y0, *adapter, 0.7, bias_in_y0)
+                y = y0.clone()
+                torch.ops.idlora.adapt_(y, *adapter, 0.7, bias_in_y0)
+                assert torch.equal(y, expected), (N, static, threads, bias_in_y0)
     finally:
         torch.set_num_threads(before)
 

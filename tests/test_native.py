@@ -65,6 +65,20 @@ def test_strides_of_the_activation_do_not_matter(view, dtype, device):
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place_whatever_the_strides(view, dtype, device):
+    y0, *adapter = problem(device, dtype, (3, 4))
+    y0 = VIEWS[view](y0)
+    expected, _ = torch.ops.idlora.adapt(y0, *adapter, 0.7)
+    if "expanded" in view:
+        with pytest.raises(RuntimeError, match=r"copy_|more than one element"):  # torch does not write there
+            ops.adapt_(y0, *adapter, 0.7)
+        return
+    assert ops.adapt_(y0, *adapter, 0.7) is y0
+    assert torch.equal(y0, expected)
+
+
 ROUTERS = [{"shared": shared, "static": static} for shared in (False, True) for static in (False, True)]
 
 
@@ -80,6 +94,7 @@ def test_opcheck_in_the_dtypes_it_serves(dtype, router, device):
         "rb_scale": (x, router.float()),
         "shared_gemm": (y0, z, B.float(), b, 0.7),
         "adapt": (y0, index, router, B, b, 0.7, False, True),
+        "adapt_": (y0, index, router, B, b, 0.7),
         "adapt_backward": (y0, kept, index, router, B.float(), 0.7),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)

@@ -104,6 +104,7 @@ def test_opcheck(router_kind, device):
         "shared_gemm": (y0, z, B, b, 0.7),
         "shared_gemm_backward": (dy, plain[3], plain[2], 0.7),
         "adapt": (y0, index, router, B, b, 0.7, False, True),
+        "adapt_": (y0.detach(), index, plain[1], plain[2], b.detach(), 0.7),
         "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
@@ -141,6 +142,21 @@ def test_strided_and_expanded_inputs(view, device):
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert torch.equal(y0, before), "adapt wrote to its input"
+
+
+@every_router
+def test_in_place_is_for_inference(router_kind, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), router_kind=router_kind, bias=False, device=device)
+    with pytest.raises(RuntimeError, match="adapt_: it is for inference"):
+        ops.adapt_(y0, index, router, B)
+    expected = ops.adapt(y0, index, router, B, b, 0.7)
+    with torch.no_grad():
+        inside = torch.func.vmap(ops.adapt_, (0, None, None, None, None, None))(y0.clone(), index, router, B, b, 0.7)
+        torch.testing.assert_close(inside, expected)
+        assert ops.adapt_(y0, index, router, B, b, 0.7) is y0
+        with pytest.raises(ValueError, match=r"adapt: B must be \[d/s, r/s\]"):
+            ops.adapt_(y0, index, router, B[1:])
+    assert torch.equal(y0, expected)
 
 
 @pytest.mark.parametrize("parameters", ["same", "float32"])

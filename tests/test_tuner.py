@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, reference
-from idlora_ext.layer import fit_rank
+from idlora_ext import IdLoraConfig, ops, reference
+from idlora_ext.config import fit_rank
 
 DOORS = {
     "apply": lambda model, **fields: idlora_ext.apply(model, **fields),
@@ -213,6 +214,29 @@ def test_narrow_layers_shrink_with_one_message():
     assert "model.layers.{0-1}.self_attn.k_proj (d = 32: r = 16 instead of 32)" in messages[0]
     summary = idlora_ext.summary(model)
     assert {row.name.rpartition(".")[2]: row.r for row in summary.rows if row.shrunk} == {"k_proj": 16, "v_proj": 16}
+
+
+def test_without_gradients_a_layer_writes_into_what_its_base_returned(kind):
+    """But where something else may hold that: a hooked base layer, an output that is wanted for itself."""
+    model = MODELS[kind]()
+    idlora_ext.apply(model, **fields_for(kind))
+    randomize_adapter(model.eval())
+    expected = logits(model)
+    with mock.patch.object(ops, "adapt_", side_effect=ops.adapt_) as in_place:
+        with torch.enable_grad():
+            with_gradients = model(**inputs()).logits
+        assert not in_place.call_count
+        assert torch.equal(logits(model), with_gradients)
+        assert in_place.call_count
+        kept = {}
+        for name, layer in layers_of(model).items():
+            layer.base_layer.register_forward_hook(lambda _, h, y, name=name: kept.update({name: (h[0].clone(), y)}))
+        in_place.reset_mock()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)  # a bias is added elsewhere
+        assert not in_place.call_count
+    for name, layer in layers_of(model).items():
+        h, y = kept[name]
+        assert torch.equal(y, layer.base_layer(h)), name
 
 
 def test_fit_rank():
