@@ -380,7 +380,7 @@ def _adapt(
 
 @_default("adapt_")
 def _adapt_(y0: Tensor, *args: Any) -> None:
-    y0.copy_(_adapt(y0, *args)[0])
+    y0.copy_(_adapt_op(y0, *args)[0])  # the device's own kernel
 
 
 @_default("adapt_backward")
