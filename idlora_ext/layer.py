@@ -320,7 +320,8 @@ class Linear(nn.Module, IdLoraLayer):
         held: Any = self._modules
         base = held["base_layer"]
         if (
-            adapter not in held["idlora_B"]._parameters
+            not profiling.eager_without_ranges()
+            or adapter not in held["idlora_B"]._parameters
             or self.mixed_batch is not None
             or self._disable_adapters
             or self.merged_adapters
@@ -329,7 +330,6 @@ class Linear(nn.Module, IdLoraLayer):
             or self.bounded[adapter]
             or adapter in held["idlora_row_scale"]._buffers
             or not is_plain(base)  # which may keep what it returns
-            or not profiling.eager_without_ranges()
         ):
             return None
         y0, bias, bias_in_y0 = self._product(base, h)

@@ -59,8 +59,10 @@ def _keeping_errors(_C: ModuleType, kernel: Callable[..., Any], returns: int) ->
             return kernel(*args)
         except BaseException as error:
             _C.keep(error)
+            if not returns:
+                return None
             nothing = torch.empty(0)
-            return (None, nothing)[returns] if returns < 2 else (nothing,) * returns
+            return nothing if returns == 1 else (nothing,) * returns
 
     return run
 
