@@ -63,6 +63,7 @@ METHODS: dict[str, Method] = {
     "idlora-r32": Method(_idlora(32)),
     "idlora-r32-static": Method(_idlora(32, router="static")),
     "idlora-r32-centered": Method(_idlora(32, router="static", center=True)),
+    "idlora-r32-bounded": Method(_idlora(32, router="bounded", center=True)),
     "lora-fa-r8": Method(_lora(8, kind="LoRA-FA")),
     "idlora-r128": Method(_idlora(128)),
     "idlora-r128-static": Method(_idlora(128, router="static")),
@@ -77,7 +78,6 @@ METHODS: dict[str, Method] = {
     "vera-r256": Method({"kind": "VeraConfig", "r": 256}, centre=1e-2),
     "lily-r32": Method({"kind": "LilyConfig", "r": 32, "stride_A": 4, "num_B": 8}),
     "randlora-r32": Method({"kind": "RandLoraConfig", "r": 32}, centre=1e-3),
-    "idlora-r32-bounded": Method(_idlora(32, router="bounded")),
     "idlora-r32-budget": Method(_idlora(32, router="static", center=True, rank_pattern=_budgets())),
 }
 
