@@ -25,7 +25,12 @@ ADAPTER_OPTIONS = (
         str,
         "form of the router: static (default), which can be merged and exported, linear (the paper's) or bounded",
     ),
-    ("selection", str, "how rows are chosen: nearest to each centroid (default), sequential or random"),
+    (
+        "selection",
+        str,
+        "how rows are chosen: nearest to each centroid (default), sequential, random, or by pivoted_qr in each cluster "
+        "or pivoted_qr_whole",
+    ),
     ("preset", str, "paper: the paper's own method and, unless given, sizes, whatever the defaults are"),
     ("dropout", float, "probability of zeroing entries of z in training (default 0)"),
     ("rank_fit", str, "layers too narrow for k * r rows: shrink their rank (default) or error"),

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from .assignment import assign, assign_numpy, check_int, check_matrix, check_sizes, solver
+from .pivoting import pivoted_rows
 
 __all__ = ["SELECTIONS", "KMeansResult", "assign", "constrained_kmeans", "select_rows"]
 
-SELECTIONS = ("nearest", "sequential", "random")
+SELECTIONS = ("nearest", "sequential", "random", "pivoted_qr", "pivoted_qr_whole")
 
 # Elements of W turned into float64 at a time: 8 MiB for the caches of a CPU, 128 MiB to amortise kernel launches.
 _BLOCK_CPU, _BLOCK_OTHER = 1 << 20, 1 << 24
@@ -299,7 +300,13 @@ def select_rows(W: Tensor, num_clusters: int, r: int, *, selection: str = "neare
     * ``nearest`` (the method): :func:`constrained_kmeans` with ``min_size = r``, then from every cluster the ``r`` rows
       nearest to its centroid, nearest first (ties: the lower row first);
     * ``sequential`` (the paper's ablation SS): rows ``0 .. k*r - 1``, in order;
-    * ``random`` (the paper's ablation RS): ``k*r`` distinct rows drawn uniformly by ``seed``.
+    * ``random`` (the paper's ablation RS): ``k*r`` distinct rows drawn uniformly by ``seed``;
+    * ``pivoted_qr``: the same clusters, and of each the ``r`` rows that :func:`~idlora_ext.pivoting.pivoted_rows` picks
+      first: an interpolative decomposition of each ``W_i``, rows that span their cluster rather than its middle;
+    * ``pivoted_qr_whole``: the first ``k*r`` pivots of the whole of ``W``, without clusters. Pivot ``p`` goes to
+      ``index[p mod k, p // k]``, as cards are dealt: every ``A_i`` then spans ``W`` coarsely by itself, and the ``k``
+      rows that ``z_j`` adds up and one column of ``B`` serves are neighbours in the order of their residuals. (The
+      first ``r`` pivots to the first ``i`` and so on would leave the last ``A_i`` with the leavings.)
 
     Args:
         W: ``[d, d_in]``, any floating-point dtype, device and strides; finite unless ``selection`` is ``sequential`` or
@@ -327,6 +334,12 @@ def select_rows(W: Tensor, num_clusters: int, r: int, *, selection: str = "neare
         order = result.distances.argsort(stable=True)
         clusters = result.labels[order]
         index = torch.stack([order[clusters == c][:r] for c in range(k)])
+    elif selection == "pivoted_qr":
+        labels = constrained_kmeans(W, k, r, seed=seed).labels
+        members = [(labels == c).nonzero()[:, 0] for c in range(k)]
+        index = torch.stack([rows[pivoted_rows(W[rows], r, seed=seed).to(rows.device)] for rows in members])
+    elif selection == "pivoted_qr_whole":
+        index = pivoted_rows(W, k * r, seed=seed).view(r, k).T
     elif selection == "sequential":
         index = torch.arange(k * r, device="cpu").view(k, r)
     else:

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
 Router = Literal["linear", "bounded", "static"]
-Selection = Literal["nearest", "sequential", "random"]
+Selection = Literal["nearest", "sequential", "random", "pivoted_qr", "pivoted_qr_whole"]
 RankFit = Literal["shrink", "error"]
 BaseMismatch = Literal["error", "warn"]
 Preset = Literal["paper"]
@@ -43,9 +43,11 @@ class IdLoraConfig(PeftConfig):
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
         selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations
-            ``"sequential"`` and ``"random"``. See :func:`idlora_ext.clustering.select_rows`.
+            ``"sequential"`` and ``"random"``; ``"pivoted_qr"``: of each cluster ``W_i`` the rows that a column-pivoted
+            QR of ``W_i^T`` picks first, an interpolative decomposition; ``"pivoted_qr_whole"``: the first ``k * r``
+            pivots of ``W^T``, without clusters. See :func:`idlora_ext.clustering.select_rows`.
         row_scale: ``x_ij = c_ij W[index_ij] h``, ``c_ij`` the median norm of the rows of ``W`` over that of this row:
-            rows count by direction, not by length, which matters most where rows are not the nearest. The scale is
+            rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
             saved with the adapter.
         center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
             is taken out of the products. ``m`` is taken from the first forward pass with gradients, or by
@@ -53,8 +55,8 @@ class IdLoraConfig(PeftConfig):
             masks do not count. Merging then changes biases too, which layers without one get; with False (the paper)
             it changes ``W`` alone.
         dropout: probability of zeroing entries of ``z`` while training.
-        seed: of the clustering, the random selection and a linear router's start. Each layer derives its own from its
-            name.
+        seed: of the clustering, the random selection, the sketch of a pivoted QR and a linear router's start. Each
+            layer derives its own from its name.
         rank_fit: ``"shrink"`` gives a layer too narrow for ``k * r`` rows the largest rank that fits and says so once;
             ``"error"`` refuses.
         rank_pattern: rank by layer name or regular expression, where it differs from ``r``.

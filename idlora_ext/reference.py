@@ -77,6 +77,16 @@ def row_scale(W: Tensor, index: Tensor) -> Tensor:
     return torch.tensor([[median / norms[row] if norms[row] else 0.0 for row in rows] for rows in index.tolist()])
 
 
+def pivoted_rows(W: Tensor, count: int) -> list[int]:
+    """Each time the row that is farthest from the span of those before it; ``count`` is at most the rank of ``W``."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        A = W[chosen]
+        left = (W - W @ torch.linalg.pinv(A) @ A).norm(dim=1) if chosen else W.norm(dim=1)
+        chosen.append(int(left.argmax()))
+    return chosen
+
+
 def _boosted(x_i: Tensor, T_i: Tensor, B: Tensor, bounded: bool = False) -> Tensor:
     """``a_i concat_j(B x_i^(j))``."""
     a_i = alpha(x_i, T_i, bounded)

@@ -383,7 +383,7 @@ SCENARIOS = {
     "tensor_parallel_static": lambda directory: tensor_parallel(directory, router="static", shared_router=False),
     "tensor_parallel_routers": lambda directory: tensor_parallel(directory, shared_router=False, rank_boost=4),
     "tensor_parallel_bounded": lambda directory: tensor_parallel(
-        directory, router="bounded", row_scale=True, selection="random"
+        directory, router="bounded", row_scale=True, selection="pivoted_qr"
     ),
     "tensor_parallel_centred": lambda directory: tensor_parallel(directory, router="static", center=True, scaling=20.0),
     "trainer_ddp_apply": lambda directory: trainer(directory, "apply", None),

@@ -79,6 +79,9 @@ METHODS: dict[str, Method] = {
     "lily-r32": Method({"kind": "LilyConfig", "r": 32, "stride_A": 4, "num_B": 8}),
     "randlora-r32": Method({"kind": "RandLoraConfig", "r": 32}, centre=1e-3),
     "idlora-r32-budget": Method(_idlora(32, router="static", center=True, rank_pattern=_budgets())),
+    "idlora-r32-pivoted": Method(
+        _idlora(32, router="static", center=True, selection="pivoted_qr_whole", row_scale=True)
+    ),
 }
 
 
@@ -100,15 +103,6 @@ def config(adapter: Adapter, task_type: str = "CAUSAL_LM") -> peft.PeftConfig | 
         return make(task_type=task_type, target_modules="all-linear", **fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not take these settings: {error}") from error
-
-
-def available(adapter: Adapter) -> bool:
-    """Whether this version has all of its settings."""
-    try:
-        config(adapter)
-    except ValueError:
-        return False
-    return True
 
 
 def apply(model: nn.Module, adapter: Adapter) -> nn.Module:

@@ -15,13 +15,13 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kernel_page import table
 
 from . import RESULTS, cost, roofline
 from .experiment import ENCODER, MODEL, Experiment
-from .methods import LADDER, METHODS, available
-from .plots import REFERENCES, Result, differences, plot_differences, plot_parameters
+from .methods import LADDER, METHODS
 from .studies import (
     ABLATED,
     SEEDS,
@@ -36,6 +36,9 @@ from .studies import (
     telling,
 )
 from .tasks import HEADLINES, TASKS
+
+REFERENCES = ("lora-r8", "lora-r4", "miss-r8")  # what differences are to; the last two are as small as r=32
+Result = dict[str, Any]
 
 
 class Report:
@@ -59,7 +62,7 @@ class Report:
         return result
 
     def write(self) -> Path:
-        sections = [self.learning_rates(), self.quality(), self.ablations(), self.retired(), self.alpha()]
+        sections = [self.learning_rates(), self.quality(), self.ablations(), self.alpha()]
         sections += [self.cost(), self.roofline(), self.runs()]
         text = "\n\n".join([self.head(), *(section for section in sections if section), *self.tail()])
         path = self.folder / f"{self.prefix}README.md"
@@ -190,31 +193,6 @@ class Report:
             note += f" Not run yet: {'; '.join(missing)}."
         return f"## Ablations on {self.base.task}\n\n{note}\n\n" + table(head, rows)
 
-    def retired(self) -> str:
-        """Settings that lost and are gone from the package: what the code of their commit gave."""
-        same = {name: getattr(self.base, name) for name in ("steps", "batch", "length", "dtype", "device")}
-        same["model"] = Path(self.base.model).name
-        groups: dict[tuple[str, str, float], dict[int, Result]] = {}
-        for file in sorted(self.folder.glob("*/*.json")):
-            result = self.results.read(file)
-            if result is None or any(result["settings"][name] != value for name, value in same.items()):
-                continue
-            settings = result["settings"]
-            if settings["adapter"]["kind"] == "IdLoraConfig" and not available(settings["adapter"]):
-                groups.setdefault((settings["task"], result["variant"], settings["lr"]), {})[settings["seed"]] = result
-        rows = []
-        for (task, variant, lr), runs in groups.items():
-            rate = best_rate(ABLATED, task, self.base, self.find)
-            plain = replace(self.base, method=ABLATED, task=task, lr=rate or 0.0)
-            loss = spread(map(loss_after, runs.values()), len(SEEDS))
-            less = spread(differences(runs, self._seeds(plain)), len(SEEDS), sign=True)
-            commits = ", ".join(sorted({result["run"]["commit"] for result in runs.values()}))
-            rows.append([task, variant, f"{lr:g}", loss, less, commits])
-        if not rows:
-            return ""
-        head = ["task", "setting", "lr", "held-out loss", f"minus {ABLATED}", "commit"]
-        return "## Retired\n\nSettings that lost and are no longer in the package.\n\n" + table(head, rows)
-
     def _seeds(self, experiment: Experiment) -> dict[int, Result]:
         found = {seed: self.find(replace(experiment, seed=seed), "ablations") for seed in SEEDS}
         return {seed: result for seed, result in found.items() if result is not None}
@@ -312,6 +290,11 @@ class Report:
         return f"## Runs\n\n{note}\n\n" + table(head, rows) if rows else ""
 
 
+def differences(runs: dict[int, Result], reference: dict[int, Result]) -> list[float]:
+    """Loss minus the reference's of the same seed."""
+    return [loss_after(runs[seed]) - loss_after(reference[seed]) for seed in runs if seed in reference]
+
+
 def setting(experiment: Experiment) -> str:
     """What differs from the method, or its name."""
     differs = sorted(experiment.override.items())
@@ -330,6 +313,70 @@ def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = F
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
+
+
+def _panels(number: int) -> tuple[Any, list[Any]]:
+    """A figure of so many panels side by side, which share what is on the left."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "idlora"  # the same results, the same file
+    figure = Figure(figsize=(3.6 + 3.4 * number, 4.2), layout="constrained")
+    panels = figure.subplots(1, number, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e7eb")
+    return figure, list(panels)
+
+
+def _colour(method: str) -> str:
+    return "#c2410c" if method.startswith("idlora") else "#475569"
+
+
+def _bars(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> None:
+    """Loss over trainable parameters."""
+    figure, [axes] = _panels(1)
+    title = f"{task}: mean and standard deviation over seeds"
+    axes.set(title=title, xlabel="trainable parameters", ylabel="held-out loss", xscale="log")
+    axes.margins(0.2)
+    for method, runs in of_task.items():
+        count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
+        losses = [loss_after(result) for result in runs.values()]
+        if count and all(map(math.isfinite, losses)):
+            mean, deviation = _bars(losses)
+            axes.errorbar(count, mean, deviation, fmt="o", color=_colour(method), capsize=3)
+            label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
+            # Methods of as many parameters lie close to one another.
+            side = "right" if method == "lora-r4" else "left"
+            at = (-6, -3) if side == "right" else (5, -11 if method.startswith("idlora") else 4)
+            axes.annotate(label, (count, mean), at, textcoords="offset points", fontsize="small", ha=side)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def plot_differences(of_tasks: dict[str, dict[str, dict[int, Result]]], path: Path) -> bool:
+    """Paired differences to the first reference, a panel for each task; False if there are none."""
+    of_tasks = {task: of_task for task, of_task in of_tasks.items() if of_task.get(REFERENCES[0])}
+    methods = [m for m in METHODS if m not in (REFERENCES[0], "none") and any(m in of for of in of_tasks.values())]
+    if not methods:
+        return False
+    figure, panels = _panels(len(of_tasks))
+    for axes, (task, of_task) in zip(panels, of_tasks.items(), strict=True):
+        axes.set(title=f"{task}: loss minus that of {REFERENCES[0]}", xlabel="left is better")
+        for at, method in enumerate(reversed(methods)):
+            values = differences(of_task.get(method, {}), of_task[REFERENCES[0]])
+            if values and all(map(math.isfinite, values)):
+                mean, deviation = _bars(values)
+                colour = _colour(method)
+                axes.errorbar(mean, at, xerr=deviation, fmt="o", color=colour, capsize=3)
+                axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
+        axes.axvline(0, color="black", linewidth=1)
+    panels[0].set_yticks(range(len(methods)), methods[::-1])
+    figure.savefig(path, metadata={"Date": None})
+    return True
 
 
 def main() -> None:

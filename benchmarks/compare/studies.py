@@ -45,10 +45,10 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
             ("bounded", True, True),
         )
     ]
-    + [{"router": "bounded", "row_scale": True}],
+    + [{"router": "bounded", "row_scale": True, **rows} for rows in ({}, {"selection": "pivoted_qr_whole"})],
     "selection": [
         {"selection": selection, **scale}
-        for selection in ("nearest", "random", "sequential")
+        for selection in ("nearest", "random", "sequential", "pivoted_qr", "pivoted_qr_whole")
         for scale in ({}, {"row_scale": True})
     ],
     "scaling": [{"scaling": scaling} for scaling in (0.25, 0.5, 1.0, 2.0, 4.0)],
