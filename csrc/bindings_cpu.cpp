@@ -95,10 +95,9 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
 void adapt_(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias, double scaling,
             bool bias_in_y0) {
   AdaptProblem p{};
-  Tensor y = y0;  // a copy, if y0 cannot be read as it is
+  Tensor y = y0.is_contiguous() ? y0 : torch::stable::contiguous(y0);
   if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0))
     return call_default<void>("idlora::default_adapt_", y0, index, router, B, bias, scaling, bias_in_y0);
-  if (!y.is_contiguous()) y = torch::stable::contiguous(y), p.y0 = y.const_data_ptr(), p.y0_stride = p.d;
   adapt_into(y, p, B);
   if (y.get() != y0.get()) torch::stable::copy_(y0, y);
 }

@@ -113,13 +113,13 @@ def apply(model: nn.Module, adapter: Adapter) -> nn.Module:
             warnings.filterwarnings("ignore", message=".*layers are too narrow")  # the parameters are counted
             warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")  # other models' budgets
             model = peft.get_peft_model(model, settings)
-        ranks = adapter.get("rank_pattern", {})
-        layers = [module.name for module in model.modules() if isinstance(module, IdLoraLayer)]
-        if ranks and (others := [name for name in layers if name not in ranks]):
-            raise ValueError(
-                f"{BUDGETS.name} is of another model, it has no rank for {others[0]}: run "
-                "python -m benchmarks.compare.budget --model DIRECTORY first"
-            )
+        if ranks := adapter.get("rank_pattern"):
+            layers = [module.name for module in model.modules() if isinstance(module, IdLoraLayer)]
+            if others := [name for name in layers if name not in ranks]:
+                raise ValueError(
+                    f"{BUDGETS.name} is of another model, it has no rank for {others[0]}: run "
+                    "python -m benchmarks.compare.budget --model DIRECTORY first"
+                )
         return model
     if adapter["kind"] == "HydraLoRA":
         return apply_hydralora(model, adapter["r"], adapter["experts"], adapter["alpha"])
