@@ -326,9 +326,7 @@ class Linear(nn.Module, IdLoraLayer):
             or self._disable_adapters
             or self.merged_adapters
             or self.pending
-            or self.training  # dropout
-            or self.bounded[adapter]
-            or adapter in held["idlora_row_scale"]._buffers
+            or not self._fused(adapter)
             or not is_plain(base)  # which may keep what it returns
         ):
             return None
@@ -339,17 +337,16 @@ class Linear(nn.Module, IdLoraLayer):
 
     def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         adapter = adapters[0]
-        scaled: Any = self._modules["idlora_row_scale"]
         with profiling.layer(self.name):
-            if (  # what ops.adapt does not do
-                len(adapters) > 1
-                or self.bounded[adapter]
-                or adapter in scaled._buffers
-                or (self.training and self.dropout[adapter])
-                or y0.shape[-1] != self.out_features
-            ):
+            if len(adapters) > 1 or not self._fused(adapter) or y0.shape[-1] != self.out_features:
                 return self._by_operator(adapters, y0, bias, bias_in_y0)
             return ops.adapt(y0, *self._arguments(adapter, y0, bias, bias_in_y0))
+
+    def _fused(self, adapter: str) -> bool:
+        """Whether ``ops.adapt`` does all that an adapter asks for."""
+        scaled: Any = self._modules["idlora_row_scale"]
+        dropout = self.training and self.dropout[adapter]
+        return not (self.bounded[adapter] or adapter in scaled._buffers or dropout)
 
     def _by_operator(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
