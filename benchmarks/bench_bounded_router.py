@@ -30,11 +30,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import idlora_ext
-from idlora_ext import bounded_router
+from idlora_ext import layer as layers
 from idlora_ext.clustering import SELECTIONS
 from idlora_ext.inspection import alpha_statistics
 from idlora_ext.layer import IdLoraLayer
 
+PLAIN = {"center": False, "progress": False}
 R = 32  # of 576 outputs: rows can still be chosen
 
 
@@ -50,7 +51,12 @@ def together(x: Tensor, T: Tensor) -> Tensor:
     return (x / rms(x, (-2, -1)) * T).sum(-1)
 
 
-# a [..., k] from x [..., k, r] and T [1, r], which starts at zero: then every form starts at a_i = 1.
+def summed(x: Tensor, T: Tensor) -> Tensor:
+    """One for all clusters."""
+    return each(x.sum(-2, keepdim=True), T).expand(x.shape[:-1])
+
+
+# a [..., k] from x [..., k, r] and T [1, r], which starts at zero: then every form starts at a_i = 1. u = sum_i x_i.
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "1 + tanh <T, x_i>": lambda x, T: 1 + (x * T).sum(-1).tanh(),
     "1 + tanh <T, x_i / rms(x_i)>": lambda x, T: 1 + each(x, T).tanh(),
@@ -59,6 +65,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "2 sigmoid <T, x_i / rms(x_i)>": lambda x, T: 2 * each(x, T).sigmoid(),
     "k softmax_i <T, x_i / rms(x_i)>": lambda x, T: x.shape[-2] * each(x, T).softmax(-1),
     "1 + <T, x_i / rms(x_i)>": lambda x, T: 1 + each(x, T),
+    "1 + tanh 4 <T, u / rms(u)>": lambda x, T: 1 + (4 * summed(x, T)).tanh(),
 }
 OTHERS = ("linear", "static")
 
@@ -78,7 +85,8 @@ def main() -> None:
     logging.disable_progress_bar()
 
     train, held_out = rows()
-    models = {router: idlora_ext.apply(load(), r=R, router=router, progress=False) for router in (*OTHERS, "bounded")}
+    routers = (*OTHERS, "bounded")
+    models = {router: idlora_ext.apply(load(), r=R, router=router, **PLAIN) for router in routers}
     settings = {"r": R, "steps": options.steps, "batch": options.batch, "rows": [len(train), len(held_out)]}
     report: dict = {"machine": describe(), "settings": settings, "u": distributions(models["linear"], held_out)}
     report |= {"held_out_before": evaluate(models["bounded"], held_out), "runs": []}
@@ -115,9 +123,19 @@ def main() -> None:
 
 def use(form: str) -> None:
     """Have layers with a bounded router use this form, differentiated by autograd."""
-    if weights := FORMS.get(form):
-        bounded_router.weights = weights
-        bounded_router.routed_sum = lambda x, T: (weights(x, T).unsqueeze(-1) * x).sum(-2)
+    if not (weights := FORMS.get(form)):
+        return
+
+    def routed_sum(x: Tensor, T: Tensor, bounded: bool) -> Tensor:
+        return (weights(x, T).unsqueeze(-1) * x).sum(-2)
+
+    def alpha(layer: IdLoraLayer, h: Tensor, adapter: str = "default") -> Tensor:
+        y0, bias, bias_in_y0 = layer._base_output(h)
+        return weights(layer._gather(y0, None, adapter, bias if bias_in_y0 else None), layer.idlora_router[adapter])
+
+    layers.Linear._fused = lambda layer, adapter: False  # operator by operator, with this one in between
+    layers.ops.rb_scale = routed_sum
+    IdLoraLayer.alpha = alpha
 
 
 @torch.no_grad()
@@ -168,7 +186,7 @@ def first_gradients(ids: Tensor) -> list[dict]:
             run: dict = {"selection": selection, "row_scale": row_scale}
             for router in ("linear", "bounded"):
                 fields = {"selection": selection, "row_scale": row_scale, "router": router}
-                model = idlora_ext.apply(load(), r=R, progress=False, **fields)
+                model = idlora_ext.apply(load(), r=R, **fields, **PLAIN)
                 model(input_ids=ids, labels=ids).loss.backward()
                 gradients = [p.grad for p in model.parameters() if p.requires_grad]
                 run[router] = nn.utils.get_total_norm(gradients).item()

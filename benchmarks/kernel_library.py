@@ -180,7 +180,9 @@ class Kernels:
         if message:
             raise RuntimeError(f"idlora_{op}: {message.decode()}")
 
-    def cluster_gather(self, y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    def cluster_gather(
+        self, y0: Tensor, index: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
         with Memory() as m:
             x = m.empty((len(y0), *index.shape), y0.dtype)
             problem = STRUCTS["GatherProblem"](
@@ -190,17 +192,19 @@ class Kernels:
                 m.put(y0),
                 m.put(index),
                 m.put(bias),
+                m.put(row_scale),
                 x.data_ptr(),
                 *_codes(y0, bias),
             )
             self._call("cluster_gather", problem)
         return x
 
-    def rb_scale(self, x: Tensor, router: Tensor) -> Tensor:
+    def rb_scale(self, x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
         with Memory() as m:
             z = m.empty((x.shape[0], x.shape[2]), torch.float32)
+            pointers = (m.put(x), m.put(router), z.data_ptr())
             problem = STRUCTS["RbScaleProblem"](
-                *x.shape, len(router), m.put(x), m.put(router), z.data_ptr(), *_codes(x, router), router.ndim == 1
+                *x.shape, len(router), *pointers, *_codes(x, router), router.ndim == 1, bounded
             )
             self._call("rb_scale", problem)
         return z
@@ -232,17 +236,20 @@ class Kernels:
         scaling: float = 1.0,
         *,
         bias_in_y0: bool = False,
+        row_scale: Tensor | None = None,
+        bounded: bool = False,
         keep_x: bool = True,
         variant: str = "automatic",
     ) -> tuple[Tensor, Tensor | None]:
         with Memory() as m:
             y = m.empty(tuple(y0.shape), y0.dtype)
-            kept = _kept(index, router)
+            kept = _kept(index, router, bounded)
             x = m.empty((len(y0), *kept), y0.dtype) if keep_x else None
             x_clusters = math.prod(kept[:-1])
             sizes = (*y0.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, y0.stride(0))
-            pointers = [*map(m.put, (y0, index, router, B, bias)), y.data_ptr(), None if x is None else x.data_ptr()]
-            codes = (*_codes(y0, router, B, bias), router.ndim == 1, bias_in_y0, VARIANTS[variant])
+            inputs = map(m.put, (y0, index, router, B, bias, row_scale))
+            pointers = [*inputs, y.data_ptr(), None if x is None else x.data_ptr()]
+            codes = (*_codes(y0, router, B, bias), router.ndim == 1, bias_in_y0, bounded, VARIANTS[variant])
             self._call("adapt", STRUCTS["AdaptProblem"](*sizes, *pointers, scaling, *codes))
         return y, x
 
@@ -255,25 +262,26 @@ class Kernels:
         B: Tensor,
         scaling: float = 1.0,
         *,
+        row_scale: Tensor | None = None,
+        bounded: bool = False,
         variant: str = "automatic",
     ) -> tuple[Tensor, Tensor, Tensor]:
         with Memory() as m:
             gradients = [m.empty(tuple(t.shape), t.dtype) for t in (dy, router, B)]
-            x_clusters = math.prod(_kept(index, router)[:-1])
+            x_clusters = math.prod(_kept(index, router, bounded)[:-1])
             sizes = (*dy.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, dy.stride(0))
-            pointers = [*map(m.put, (dy, x, index, router, B)), *(t.data_ptr() for t in gradients)]
-            problem = STRUCTS["AdaptBackwardProblem"](
-                *sizes, *pointers, None, scaling, *_codes(dy, router, B), router.ndim == 1, VARIANTS[variant]
-            )
+            pointers = [*map(m.put, (dy, x, index, router, B, row_scale)), *(t.data_ptr() for t in gradients)]
+            codes = (*_codes(dy, router, B), router.ndim == 1, bounded, VARIANTS[variant])
+            problem = STRUCTS["AdaptBackwardProblem"](*sizes, *pointers, None, scaling, *codes)
             workspace = m.new(self._library.idlora_adapt_backward_workspace(ctypes.byref(problem)))
             problem.workspace = workspace.data_ptr()
             self._call("adapt_backward", problem)
         return gradients[0], gradients[1], gradients[2]
 
 
-def _kept(index: Tensor, router: Tensor) -> tuple[int, ...]:
-    """The last dimensions of the x that is kept: with one constant for all clusters only their sum."""
-    return (index.shape[1],) if router.shape == (1,) else tuple(index.shape)
+def _kept(index: Tensor, router: Tensor, bounded: bool) -> tuple[int, ...]:
+    """The last dimensions of the x that is kept: with one weight for all clusters only their sum."""
+    return (index.shape[1],) if bounded or router.shape == (1,) else tuple(index.shape)
 
 
 def _codes(activation: Tensor, *others: Tensor | None) -> list[int]:

@@ -74,32 +74,37 @@ class Shape:
     router_dtype: str
     B_dtype: str
     static_router: bool = False
+    bounded: bool = False
+    row_scale: bool = False
 
     def __str__(self) -> str:
+        form = "static" if self.static_router else "bounded" if self.bounded else ""
         return (
             f"{self.layer} N={self.N} d={self.d} k={self.k} r={self.r} s={self.s} dtype={self.dtype} "
-            f"router={'static' if self.static_router else ''}{1 if self.shared_router else self.k}x{self.router_dtype} "
-            f"B={self.B_dtype}"
+            f"router={form}{1 if self.shared_router else self.k}x{self.router_dtype} "
+            f"B={self.B_dtype}{' scaled' if self.row_scale else ''}"
         )
 
     @staticmethod
     def parse(text: str) -> Shape:
         """The shape whose string is ``text``."""
-        pattern = r"(\S+) N=(\d+) d=(\d+) k=(\d+) r=(\d+) s=(\d+) dtype=(\w+) router=(static)?(\d+)x(\w+) B=(\w+)"
+        pattern = r"(\S+) N=(\d+) d=(\d+) k=(\d+) r=(\d+) s=(\d+) dtype=(\w+) "
+        pattern += r"router=(static|bounded)?(\d+)x(\w+) B=(\w+)( scaled)?"
         match = re.fullmatch(pattern, text)
         if match is None:
             raise SystemExit(f"range {text!r} holds no sizes: --parse reads profiles of this script's replays")
-        layer, *sizes, dtype, static, rows, router_dtype, B_dtype = match.groups()
-        return Shape(layer, *map(int, sizes), int(rows) == 1, dtype, router_dtype, B_dtype, bool(static))
+        layer, *sizes, dtype, form, rows, router_dtype, B_dtype, scaled = match.groups()
+        forms = form == "static", form == "bounded", bool(scaled)
+        return Shape(layer, *map(int, sizes), int(rows) == 1, dtype, router_dtype, B_dtype, *forms)
 
     def limit(self, phase: str) -> int:
         """DRAM bytes that this phase of a training step cannot do without."""
         sizes = (self.N, self.d, self.k, self.r, self.s)
         widths = [getattr(torch, name).itemsize for name in (self.dtype, self.B_dtype, self.router_dtype)]
-        router = {"shared_router": self.shared_router, "static_router": self.static_router}
+        form = {name: getattr(self, name) for name in ("shared_router", "static_router", "bounded", "row_scale")}
         if phase == "forward":
-            return forward_limit(*sizes, *widths, training=True, **router)
-        return backward_limit(*sizes, *widths, **router)
+            return forward_limit(*sizes, *widths, training=True, **form)
+        return backward_limit(*sizes, *widths, **form)
 
 
 def main() -> None:
@@ -196,14 +201,16 @@ def prepare(shape: Shape, device: str) -> Callable[[], tuple[Tensor, Tensor]]:
     B = random(shape.d // s, r // s, dtype=shape.B_dtype, scale=(r // s) ** -0.5)
     router.requires_grad_()
     B.requires_grad_()
+    row_scale = 0.5 + torch.rand(k, r, generator=generator, device=device) if shape.row_scale else None
 
     def once() -> tuple[Tensor, Tensor]:
-        y = ops.adapt(y0, index, router, B)
+        y = ops.adapt(y0, index, router, B, row_scale=row_scale, bounded=shape.bounded)
         return y, torch.autograd.grad(y, (y0, router, B), dy)[0]
 
     y, dy0 = once()
     some = y0[:8].detach().double().requires_grad_()
-    expected = reference.adapt(some, index, router.detach().double(), B.detach().double())
+    parameters = router.detach().double(), B.detach().double()
+    expected = reference.adapt(some, index, *parameters, row_scale=row_scale, bounded=shape.bounded)
     (dsome,) = torch.autograd.grad(expected, some, dy[:8].double())
     for what, ours, theirs in (("y", y[:8], expected), ("dy0", dy0[:8], dsome)):
         error = ((ours - theirs).norm() / theirs.norm()).item() if shape.N else 0.0

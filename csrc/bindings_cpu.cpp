@@ -34,18 +34,19 @@ void add_product(Tensor& y, const Tensor& z, const Tensor& B, double scaling) {
   addmm(parts, 1, scaling, in_dtype(matrix(z, B.size(1)), dtype), transpose(in_dtype(B, dtype), 0, 1));
 }
 
-Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
+Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias, std::optional<Tensor> row_scale) {
   GatherProblem p{};
-  if (!fits(p, y0, index, bias)) return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias);
+  if (!fits(p, y0, index, bias, row_scale))
+    return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias, row_scale);
   Tensor x = allocate(y0, leading(y0, {p.k, p.r}));
   p.x = x.mutable_data_ptr();
   cpu::cluster_gather(p, torch_threads());
   return x;
 }
 
-Tensor rb_scale(Tensor x, Tensor router) {
+Tensor rb_scale(Tensor x, Tensor router, bool bounded) {
   RbScaleProblem p{};
-  if (!fits(p, x, router)) return call_default<Tensor>("idlora::default_rb_scale", x, router);
+  if (!fits(p, x, router, bounded)) return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded);
   Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
   cpu::rb_scale(p, torch_threads());
@@ -80,11 +81,12 @@ void adapt_into(Tensor& y, AdaptProblem& p, const Tensor& B) {
 }
 
 std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias,
-                                 double scaling, bool bias_in_y0, bool save_x) {
+                                 double scaling, bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded,
+                                 bool save_x) {
   AdaptProblem p{};
-  if (!fits(p, y0, index, router, B, bias, scaling, bias_in_y0))
+  if (!fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
-                                                    bias_in_y0, save_x);
+                                                    bias_in_y0, row_scale, bounded, save_x);
   Tensor y = allocate(y0, y0.sizes());
   Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
@@ -93,21 +95,22 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
 }
 
 void adapt_(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias, double scaling,
-            bool bias_in_y0) {
+            bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded) {
   AdaptProblem p{};
   Tensor y = y0.is_contiguous() ? y0 : torch::stable::contiguous(y0);
-  if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0))
-    return call_default<void>("idlora::default_adapt_", y0, index, router, B, bias, scaling, bias_in_y0);
+  if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
+    return call_default<void>("idlora::default_adapt_", y0, index, router, B, bias, scaling, bias_in_y0, row_scale,
+                              bounded);
   adapt_into(y, p, B);
   if (y.get() != y0.get()) torch::stable::copy_(y0, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B,
-                                                  double scaling) {
+                                                  double scaling, std::optional<Tensor> row_scale, bool bounded) {
   AdaptBackwardProblem p{};
-  if (!fits(p, dy, x, index, router, B, scaling))
+  if (!fits(p, dy, x, index, router, B, scaling, row_scale, bounded))
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
-                                                            scaling);
+                                                            scaling, row_scale, bounded);
   Tensor dy0 = allocate(dy, dy.sizes()), drouter = allocate(router, router.sizes()), dB = allocate(B, B.sizes());
   p.dy0 = dy0.mutable_data_ptr();
   p.drouter = drouter.mutable_data_ptr();
@@ -118,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
     const Tensor parts = matrix(dy, ds);
     Tensor dz = allocate(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : allocate(dy, {ds, q});
     addmm(dz, 0, scaling, parts, in_dtype(B, dtype));
-    const Tensor z = in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router), dtype);
+    const Tensor z = in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router, bounded), dtype);
     addmm(narrow_dB, 0, scaling, transpose(parts, 0, 1), matrix(z, q));
     if (B.scalar_type() != dtype) dB = in_dtype(narrow_dB, B.scalar_type());
     cpu::adapt_backward_after_gemm(p, dz.const_data_ptr(), torch_threads());

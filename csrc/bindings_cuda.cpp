@@ -23,10 +23,10 @@ void launch(const char* op, const char* (*kernel)(const Problem&, void*), const 
 
 using Guard = torch::stable::accelerator::DeviceGuard;
 
-Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
+Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias, std::optional<Tensor> row_scale) {
   GatherProblem p{};
-  if (unusable(y0) || !fits(p, y0, index, bias))
-    return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias);
+  if (unusable(y0) || !fits(p, y0, index, bias, row_scale))
+    return call_default<Tensor>("idlora::default_cluster_gather", y0, index, bias, row_scale);
   Guard guard(y0.get_device_index());
   Tensor x = allocate(y0, leading(y0, {p.k, p.r}));
   p.x = x.mutable_data_ptr();
@@ -34,9 +34,10 @@ Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias) {
   return x;
 }
 
-Tensor rb_scale(Tensor x, Tensor router) {
+Tensor rb_scale(Tensor x, Tensor router, bool bounded) {
   RbScaleProblem p{};
-  if (unusable(x) || !fits(p, x, router)) return call_default<Tensor>("idlora::default_rb_scale", x, router);
+  if (unusable(x) || !fits(p, x, router, bounded))
+    return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded);
   Guard guard(x.get_device_index());
   Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
@@ -56,11 +57,12 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
 }
 
 std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias,
-                                 double scaling, bool bias_in_y0, bool save_x) {
+                                 double scaling, bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded,
+                                 bool save_x) {
   AdaptProblem p{};
-  if (unusable(y0) || !fits(p, y0, index, router, B, bias, scaling, bias_in_y0))
+  if (unusable(y0) || !fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
-                                                    bias_in_y0, save_x);
+                                                    bias_in_y0, row_scale, bounded, save_x);
   Guard guard(y0.get_device_index());
   Tensor y = allocate(y0, y0.sizes());
   Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
@@ -71,11 +73,11 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B,
-                                                  double scaling) {
+                                                  double scaling, std::optional<Tensor> row_scale, bool bounded) {
   AdaptBackwardProblem p{};
-  if (unusable(dy) || !fits(p, dy, x, index, router, B, scaling))
+  if (unusable(dy) || !fits(p, dy, x, index, router, B, scaling, row_scale, bounded))
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
-                                                            scaling);
+                                                            scaling, row_scale, bounded);
   Guard guard(dy.get_device_index());
   Tensor dy0 = allocate(dy, dy.sizes());
   Tensor drouter = allocate(router, router.sizes());

@@ -31,34 +31,35 @@ def register(library: torch.library.Library) -> None:
 def _kernel(op: str) -> Callable[..., Any]:
     if not torch.is_grad_enabled():
         return getattr(torch.ops.idlora, op)
-    from .ops import default_kernels  # which imports this module
+    from .default_kernels import default_kernels  # which imports this module
 
     return default_kernels[op]
 
 
 def _cluster_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y0, index, bias = inputs
-    ctx.save_for_backward(index)
+    y0, index, bias, row_scale = inputs
+    ctx.save_for_backward(index, row_scale)
     ctx.d = y0.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
-    (index,) = ctx.saved_tensors
+    index, row_scale = ctx.saved_tensors
     with op_range("backward", "idlora::cluster_gather_backward", ctx.layer):
-        dy0 = _kernel("cluster_gather_backward")(dx.contiguous(), index, ctx.d)
+        dy0 = _kernel("cluster_gather_backward")(dx.contiguous(), index, ctx.d, row_scale)
     dbias = -_sum_to_bias(dy0, ctx.bias_dtype) if _needs_bias(ctx, 2) else None
-    return dy0, None, dbias
+    return dy0, None, dbias, None
 
 
 def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    x, router, ctx.bounded = inputs
+    ctx.save_for_backward(x, router)
 
 
 def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     with op_range("backward", "idlora::rb_scale_backward", ctx.layer):
-        return _kernel("rb_scale_backward")(dz.contiguous(), *saved)
+        return *_kernel("rb_scale_backward")(dz.contiguous(), *saved, ctx.bounded), None
 
 
 def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -76,12 +77,12 @@ def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, save_x = inputs
+    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, row_scale, ctx.bounded, save_x = inputs
     x = output[1]
     if not save_x:
         ctx.mark_non_differentiable(x)
     ctx.set_materialize_grads(False)  # or every backward pass would begin by writing zeros of the size of x
-    ctx.save_for_backward(x if save_x else None, index, router, B)
+    ctx.save_for_backward(x if save_x else None, index, router, B, row_scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -90,39 +91,42 @@ def _adapt_autograd(ctx: Any, dy: Tensor | None, dx_kept: Tensor | None) -> tupl
     if dy is not None:
         dy0, drouter, dB, dbias = _gradients_of_y(ctx, dy.contiguous())
     if dx_kept is not None:
-        _, index, router, B = ctx.saved_tensors
-        kept = _scattered(dx_kept.unsqueeze(-2) if fakes.keeps_sum(router) else dx_kept, index, B)
+        _, index, router, B, row_scale = ctx.saved_tensors
+        dx_kept = dx_kept.unsqueeze(-2) if fakes.keeps_sum(router, ctx.bounded) else dx_kept
+        kept = _scattered(dx_kept, index, B, row_scale)
         dy0 = kept if dy0 is None else dy0 + kept
         if _needs_bias(ctx, 4) and ctx.bias_in_y0:
             less = _sum_to_bias(kept, ctx.bias_dtype)
             dbias = -less if dbias is None else dbias - less
-    return dy0, None, drouter, dB, dbias, None, None, None
+    return dy0, None, drouter, dB, dbias, None, None, None, None, None
 
 
 def _gradients_of_y(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    x, index, router, B = ctx.saved_tensors
+    x, index, router, B, row_scale = ctx.saved_tensors
     if x is None:
         raise RuntimeError(
             "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
         )
     with op_range("backward", "idlora::adapt_backward", ctx.layer):
-        dy0, drouter, dB = _kernel("adapt_backward")(dy, x, index, router, B, ctx.scaling)
+        dy0, drouter, dB = _kernel("adapt_backward")(dy, x, index, router, B, ctx.scaling, row_scale, ctx.bounded)
     dbias = None
     if _needs_bias(ctx, 4) and not ctx.bias_in_y0:
         dbias = _sum_to_bias(dy, ctx.bias_dtype)
     elif _needs_bias(ctx, 4):
         # It is subtracted from the gathered columns, so it sees -dx. Taken anew, as dy - dy0 has lost dx's last digits.
-        x = x.unsqueeze(-2) if fakes.keeps_sum(router) else x
-        dz, _ = _kernel("shared_gemm_backward")(dy, _kernel("rb_scale")(x, router), B, ctx.scaling)
-        dx, _ = _kernel("rb_scale_backward")(dz, x, router)
-        dbias = -_sum_to_bias(_scattered(dx, index, B), ctx.bias_dtype)
+        x = x.unsqueeze(-2) if fakes.keeps_sum(router, ctx.bounded) else x
+        z = _kernel("rb_scale")(x, router, ctx.bounded)
+        dz, _ = _kernel("shared_gemm_backward")(dy, z, B, ctx.scaling)
+        dx, _ = _kernel("rb_scale_backward")(dz, x, router, ctx.bounded)
+        dbias = -_sum_to_bias(_scattered(dx, index, B, row_scale), ctx.bias_dtype)
     return dy0, drouter, dB, dbias
 
 
-def _scattered(dx: Tensor, index: Tensor, B: Tensor) -> Tensor:
+def _scattered(dx: Tensor, index: Tensor, B: Tensor, row_scale: Tensor | None) -> Tensor:
     """``dy0`` of ``dx [..., k, r]``, or ``[..., 1, r]``, the same for all clusters."""
     d = B.shape[0] * (index.shape[1] // B.shape[1])
-    return _kernel("cluster_gather_backward")(dx.expand(*dx.shape[:-2], *index.shape).contiguous(), index, d)
+    dx = dx.expand(*dx.shape[:-2], *index.shape).contiguous()
+    return _kernel("cluster_gather_backward")(dx, index, d, row_scale)
 
 
 def _with_layer(context: Callable[..., None]) -> Callable[..., None]:

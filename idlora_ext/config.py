@@ -38,8 +38,8 @@ class IdLoraConfig(PeftConfig):
         scaling: sigma, a plain factor on the update. The paper has none, so 1.0.
         router: ``"static"``: ``a_i`` are learned constants that start at 1: the update is then a matrix of rank ``r``,
             which can be merged into ``W`` or exported as a LoRA. ``"linear"`` (the paper): ``a_i = <T_i, x_i>``.
-            ``"bounded"``: from ``T = 0`` ``a_i = 1 + tanh(4 <T_i, x_i / rms(x_i)>)``: the direction of ``x_i`` decides,
-            and outlier tokens are not amplified.
+            ``"bounded"``: from ``T = 0`` one weight a token, ``a = 1 + tanh(4 <T, u / rms(u)>)``, ``u = sum_i x_i``:
+            the direction of ``u`` decides, and outlier tokens are not amplified. Needs ``shared_router``.
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
         selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations
@@ -151,6 +151,8 @@ class IdLoraConfig(PeftConfig):
             self._require(name, "one of " + ", ".join(get_args(choices)), getattr(self, name) in get_args(choices))
         for name in ("shared_router", "row_scale", "center"):
             self._require(name, "True or False", isinstance(getattr(self, name), bool))
+        if self.router == "bounded":
+            self._require("shared_router", "True with router='bounded', a weight for all clusters", self.shared_router)
         for name in ("rank_pattern", "clusters_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"IdLoraConfig: {name} must be a dictionary, got {getattr(self, name)!r}")

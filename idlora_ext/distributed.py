@@ -229,7 +229,7 @@ class Columns:
         self.first, self.last = offset[0], offset[0] + shape[0]
         self.group = weight.device_mesh.get_group()
 
-    def gather(self, y0: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    def gather(self, y0: Tensor, index: Tensor, bias: Tensor | None, row_scale: Tensor | None) -> Tensor:
         """``x [..., k, r]``, the same on all ranks; ``bias`` is this rank's part if ``y0`` contains it."""
         column = index.long() - self.first
         here = (column >= 0) & (column < self.last - self.first)
@@ -237,7 +237,8 @@ class Columns:
         x = y0[..., column]
         if bias is not None:
             x = (x - bias[column]).to(y0.dtype)
-        return _Sum.apply(torch.where(here, x, 0), self.group)
+        x = _Sum.apply(torch.where(here, x, 0), self.group)
+        return x if row_scale is None else (x * row_scale).to(y0.dtype)
 
     def shared_gemm(self, y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
         """``y0 + bias + scaling * concat_j(B z^(j))``, this rank's columns: of each part ``j``, some rows of ``B``."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from . import native, ops
+from . import native
+from .default_kernels import default_kernels
 from .version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -36,7 +37,7 @@ def report() -> dict[str, Any]:
         "obstacles": obstacles,
         "kernels": {
             op: {device: _kernel(op, device) if why is None else "default" for device, why in obstacles.items()}
-            for op in ops.default_kernels
+            for op in default_kernels
         },
     }
 

@@ -42,7 +42,9 @@ def _check_index(op: str, index: Tensor, like: Tensor) -> None:
     _check_device(op, "index", index, like)
 
 
-def _check_router(op: str, router: Tensor, k: int, r: int, like: Tensor) -> None:
+def _check_router(op: str, router: Tensor, k: int, r: int, like: Tensor, bounded: bool) -> None:
+    if bounded:
+        _shape(op, "router", router, f"[1, r] = [1, {r}], as a bounded one is", router.shape == (1, r))
     ok = router.ndim in (1, 2) and router.shape[1:] in ((), (r,)) and (router.shape[0] == k or router.shape[0] == 1)
     expected = f"[k, r] = [{k}, {r}] or [1, r] = [1, {r}], or static: [k] = [{k}] or [1]"
     _shape(op, "router", router, expected, ok)
@@ -59,6 +61,15 @@ def _check_bias(op: str, bias: Tensor | None, d: int, like: Tensor) -> None:
     if bias is not None:
         _shape(op, "bias", bias, f"[d] = [{d}]", bias.ndim == 1 and bias.shape[0] == d)
         _check_parameter(op, "bias", bias, like)
+
+
+def _check_row_scale(op: str, row_scale: Tensor | None, index: Tensor) -> None:
+    if row_scale is not None:
+        expected = list(index.shape)
+        _shape(op, "row_scale", row_scale, f"[k, r] = {expected}", row_scale.shape == index.shape)
+        if row_scale.dtype != torch.float32:
+            raise TypeError(f"idlora::{op}: row_scale must be float32, got {_name(row_scale.dtype)}")
+        _check_device(op, "row_scale", row_scale, index)
 
 
 def _check_z(op: str, argument: str, z: Tensor, like: Tensor, r: int | None = None) -> None:
@@ -78,36 +89,38 @@ def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def keeps_sum(router: Tensor) -> bool:
-    """Whether ``u = sum_i x_i`` is enough for the backward pass: one static constant for all clusters."""
-    return router.ndim == 1 and router.shape[0] == 1
+def keeps_sum(router: Tensor, bounded: bool) -> bool:
+    """Whether ``u = sum_i x_i`` is enough for the backward pass: one weight for all clusters."""
+    return bounded or (router.ndim == 1 and router.shape[0] == 1)
 
 
-def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
     op = "cluster_gather"
     _check_activation(op, "y0", y0, 1, "[..., d]")
     _check_index(op, index, y0)
     _shape(op, "index", index, f"[k, r] with k * r <= d = {y0.shape[-1]}", index.numel() <= y0.shape[-1])
     _check_bias(op, bias, y0.shape[-1], y0)
+    _check_row_scale(op, row_scale, index)
     return y0.new_empty(*y0.shape[:-1], *index.shape)
 
 
-def cluster_gather_backward(dx: Tensor, index: Tensor, d: int) -> Tensor:
+def cluster_gather_backward(dx: Tensor, index: Tensor, d: int, row_scale: Tensor | None = None) -> Tensor:
     _check_activation("cluster_gather_backward", "dx", dx, 2, "[..., k, r]")
     _check_index("cluster_gather_backward", index, dx)
     _shape("cluster_gather_backward", "dx", dx, f"[..., *{list(index.shape)}]", dx.shape[-2:] == index.shape)
+    _check_row_scale("cluster_gather_backward", row_scale, index)
     return dx.new_empty(*dx.shape[:-2], d)
 
 
-def rb_scale(x: Tensor, router: Tensor) -> Tensor:
+def rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
     _check_activation("rb_scale", "x", x, 2, "[..., k, r]")
-    _check_router("rb_scale", router, x.shape[-2], x.shape[-1], x)
+    _check_router("rb_scale", router, x.shape[-2], x.shape[-1], x, bounded)
     return x.new_empty(*x.shape[:-2], x.shape[-1], dtype=accumulate(x.dtype))
 
 
-def rb_scale_backward(dz: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+def rb_scale_backward(dz: Tensor, x: Tensor, router: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor]:
     _check_activation("rb_scale_backward", "x", x, 2, "[..., k, r]")
-    _check_router("rb_scale_backward", router, x.shape[-2], x.shape[-1], x)
+    _check_router("rb_scale_backward", router, x.shape[-2], x.shape[-1], x, bounded)
     _check_z("rb_scale_backward", "dz", dz, x[..., 0, :], x.shape[-1])
     return x.new_empty(x.shape), router.new_empty(router.shape)
 
@@ -136,6 +149,8 @@ def adapt(
     bias: Tensor | None = None,
     scaling: float = 1.0,
     bias_in_y0: bool = False,
+    row_scale: Tensor | None = None,
+    bounded: bool = False,
     save_x: bool = False,
 ) -> tuple[Tensor, Tensor]:
     op = "adapt"
@@ -144,12 +159,13 @@ def adapt(
     _check_index(op, index, y0)
     k, r = index.shape
     _shape(op, "index", index, f"[k, r] with k * r <= d = {d}", k * r <= d)
-    _check_router(op, router, k, r, y0)
+    _check_router(op, router, k, r, y0, bounded)
     _check_B(op, B, d, r, y0)
     _check_bias(op, bias, d, y0)
+    _check_row_scale(op, row_scale, index)
     if bias_in_y0 and bias is None:
         raise ValueError("idlora::adapt: bias_in_y0=True needs the bias that y0 contains, got bias=None")
-    kept = (r,) if keeps_sum(router) else (k, r)
+    kept = (r,) if keeps_sum(router, bounded) else (k, r)
     return y0.new_empty(y0.shape), y0.new_empty(*y0.shape[:-1], *kept) if save_x else y0.new_empty(0)
 
 
@@ -158,15 +174,24 @@ def adapt_(y0: Tensor, index: Tensor, router: Tensor, B: Tensor, *args: Any) -> 
 
 
 def adapt_backward(
-    dy: Tensor, x: Tensor, index: Tensor, router: Tensor, B: Tensor, scaling: float
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    router: Tensor,
+    B: Tensor,
+    scaling: float,
+    row_scale: Tensor | None = None,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "adapt_backward"
     _check_activation(op, "dy", dy, 1, "[..., d]")
     _check_index(op, index, dy)
     k, r = index.shape
-    _check_router(op, router, k, r, dy)
-    sizes = [*dy.shape[:-1], r] if keeps_sum(router) else [*dy.shape[:-1], k, r]
-    _shape(op, "x", x, f"[..., r] = {sizes}" if keeps_sum(router) else f"[..., k, r] = {sizes}", list(x.shape) == sizes)
+    _check_router(op, router, k, r, dy, bounded)
+    _check_row_scale(op, row_scale, index)
+    kept = keeps_sum(router, bounded)
+    sizes = [*dy.shape[:-1], r] if kept else [*dy.shape[:-1], k, r]
+    _shape(op, "x", x, f"[..., r] = {sizes}" if kept else f"[..., k, r] = {sizes}", list(x.shape) == sizes)
     if x.dtype != dy.dtype:
         raise TypeError(f"idlora::{op}: x must be {_name(dy.dtype)}, got {_name(x.dtype)}")
     _check_device(op, "x", x, dy)

@@ -154,8 +154,8 @@ class IdLoraLayer(MergeableLayer):
         """The router's weights for input ``h [..., d_in]``, ``[..., k]`` float32.
 
         ``a_i = <T_i, x_i>`` with ``x_i = A_i h`` (rows scaled if ``row_scale``, less its mean if ``center``); a
-        bounded router's are those of :func:`idlora_ext.bounded_router.weights`, and a static router's do not depend on
-        ``h``.
+        bounded router's is that of :func:`idlora_ext.bounded_router.weight` for all clusters, and a static router's do
+        not depend on ``h``.
         """
         if self.is_static(adapter_name):
             k = len(self.idlora_index[adapter_name])
@@ -163,7 +163,9 @@ class IdLoraLayer(MergeableLayer):
         y0, bias, bias_in_y0 = self._base_output(h)
         x = self._gather(y0, self._columns(y0), adapter_name, bias if bias_in_y0 else None).float()
         router = self.idlora_router[adapter_name].float()
-        return bounded_router.weights(x, router) if self.bounded[adapter_name] else (x * router).sum(-1)
+        if self.bounded[adapter_name]:
+            return bounded_router.weight(x.sum(-2), router).unsqueeze(-1).expand(x.shape[:-1])
+        return (x * router).sum(-1)
 
     def _base_output(self, h: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
         """``y0``, the layer's bias, and whether ``y0`` contains it.
@@ -249,9 +251,13 @@ class IdLoraLayer(MergeableLayer):
 
     def _gather(self, y0: Tensor, columns: distributed.Columns | None, adapter: str, bias: Tensor | None) -> Tensor:
         """``x [..., k, r]``, ``x_ij = c_ij (y0 - o)[index_ij]``, ``o`` the offset, in the dtype of ``y0``."""
-        index, offset = self.idlora_index[adapter], self._offset(y0, columns, adapter, bias)
-        x = ops.cluster_gather(y0, index, offset) if columns is None else columns.gather(y0, index, offset)
-        return (x * self.idlora_row_scale[adapter]).to(x.dtype) if adapter in self.idlora_row_scale else x
+        gather = ops.cluster_gather if columns is None else columns.gather
+        return gather(y0, self.idlora_index[adapter], self._offset(y0, columns, adapter, bias), self._scale(adapter))
+
+    def _scale(self, adapter: str) -> Tensor | None:
+        """``c [k, r]`` of an adapter with ``row_scale``, float32 whatever the model was converted to."""
+        scale: Tensor | None = self._modules["idlora_row_scale"]._buffers.get(adapter)
+        return None if scale is None else scale.float()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """``scaling = scale * config.scaling`` for one adapter; nothing if the layer does not have it. As LoRA's."""
@@ -344,9 +350,7 @@ class Linear(nn.Module, IdLoraLayer):
 
     def _fused(self, adapter: str) -> bool:
         """Whether ``ops.adapt`` does all that an adapter asks for."""
-        scaled: Any = self._modules["idlora_row_scale"]
-        dropout = self.training and self.dropout[adapter]
-        return not (self.bounded[adapter] or adapter in scaled._buffers or dropout)
+        return not (self.training and self.dropout[adapter])
 
     def _by_operator(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
         columns = self._columns(y0)
@@ -355,8 +359,7 @@ class Linear(nn.Module, IdLoraLayer):
         for adapter in adapters:  # each adapter reads the base output, not the one before it
             _, router, B = self._tensors(adapter, y0.dtype)
             x = self._gather(y0, columns, adapter, bias if bias_in_y0 else None)
-            z = (bounded_router.routed_sum if self.bounded[adapter] else ops.rb_scale)(x, router)
-            z = F.dropout(z, self.dropout[adapter], self.training)
+            z = F.dropout(ops.rb_scale(x, router, self.bounded[adapter]), self.dropout[adapter], self.training)
             y = (columns or ops).shared_gemm(y, z, B, added, self.scaling[adapter])
             added = None
         return y
@@ -367,7 +370,8 @@ class Linear(nn.Module, IdLoraLayer):
         mean = _beside(held._buffers.get(adapter), y0)
         if mean is not None:
             bias, bias_in_y0 = mean, True
-        return *self._tensors(adapter, y0.dtype), bias, self.scaling[adapter], bias_in_y0
+        options = self.scaling[adapter], bias_in_y0, self._scale(adapter), self.bounded[adapter]
+        return *self._tensors(adapter, y0.dtype), bias, *options
 
     def _tensors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         held: Any = self._modules

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import default_kernels
 
 _library = torch.library.Library("idlora", "FRAGMENT")
 
@@ -42,11 +42,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
             stacklevel=2,
         )
         return None, reason
-    for schema in ops.SCHEMAS:
+    for schema in default_kernels.SCHEMAS:
         op, _, signature = schema.partition("(")
         _library.define(f"default_{op}({signature}")
         returns = signature.partition("->")[2].count("Tensor")
-        kernel = _keeping_errors(_C, ops.default_kernels[op], returns)
+        kernel = _keeping_errors(_C, default_kernels.default_kernels[op], returns)
         _library.impl(f"default_{op}", kernel, "CompositeExplicitAutograd")
     return _C, None
 

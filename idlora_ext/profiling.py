@@ -133,7 +133,8 @@ def captured_shapes(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
     Returns:
         A list that fills as layers run, each with each set of sizes once: ``layer``, ``N``, ``d``, ``k``, ``r``, ``s``,
-        ``shared_router``, ``static_router``, ``dtype`` of the activation, ``router_dtype`` and ``B_dtype``.
+        ``shared_router``, ``static_router``, ``bounded``, ``row_scale`` (whether there is one), ``dtype`` of the
+        activation, ``router_dtype`` and ``B_dtype``.
     """
     from .layer import IdLoraLayer  # which imports this module
 
@@ -147,6 +148,7 @@ def captured_shapes(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
             d, (k, r) = y.shape[-1], index.shape
             shape = {"layer": module.name, "N": y.numel() // d, "d": d, "k": k, "r": r, "s": d // B.shape[0]}
             shape |= {"shared_router": router.shape[0] == 1, "static_router": router.ndim == 1}
+            shape |= {"bounded": module.bounded[adapter], "row_scale": adapter in module.idlora_row_scale}
             for key, tensor in (("dtype", y), ("router_dtype", router), ("B_dtype", B)):
                 shape[key] = str(tensor.dtype).removeprefix("torch.")
             if shape not in shapes:

@@ -23,25 +23,26 @@ def linear(
     mean: Tensor | None = None,
     bounded: bool = False,
 ) -> Tensor:
-    """``y = h W^T + b + scaling * sum_i <T_i, A_i h> concat_j(B (A_i h)^(j))``.
+    """``y = h W^T + b + scaling * sum_i a_i concat_j(B (A_i h)^(j))``, ``a_i = <T_i, A_i h>``.
 
     Args:
         h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
         or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``; row_scale: ``c [k, r]``, then
         ``A_i = diag(c_i) W[index_i]``; mean: ``m [d]``, then ``A_i h`` becomes ``diag(c_i) (W h + b - m)[index_i]``;
-        bounded: ``1 + tanh(4 <T_i, x_i / rms(x_i)>)`` instead of ``<T_i, x_i>``.
+        bounded: ``1 + tanh(4 <T, u / rms(u)>)``, ``u = sum_i x_i``, instead of ``<T_i, x_i>``.
 
     Returns:
         ``[..., d]``.
     """
     y = h @ W.T if b is None else h @ W.T + b
+    x = []
     for i, rows in enumerate(index.long()):
         c_i = torch.eye(len(rows), dtype=W.dtype) if row_scale is None else torch.diag(row_scale[i].to(W.dtype))
         x_i = h @ (c_i @ W[rows]).T
         if mean is not None:
             x_i = x_i + ((0 if b is None else b[rows]) - mean[rows].to(W.dtype)) @ c_i
-        y = y + scaling * _boosted(x_i, router[min(i, router.shape[0] - 1)], B, bounded)
-    return y
+        x.append(x_i)
+    return y + scaling * _update(x, router, B, bounded)
 
 
 def adapt(
@@ -52,22 +53,26 @@ def adapt(
     bias: Tensor | None = None,
     scaling: float = 1.0,
     bias_in_y0: bool = False,
+    row_scale: Tensor | None = None,
+    bounded: bool = False,
 ) -> Tensor:
-    """The same as a function of the base output: ``x_i = (y0 - b)[index_i]``, for tests of the op without ``W``."""
+    """The same as a function of the base output: ``x_i = c_i (y0 - b)[index_i]``, for tests of the op without ``W``."""
     without_bias = y0 - bias if bias is not None and bias_in_y0 else y0
     y = y0 + bias if bias is not None and not bias_in_y0 else y0
-    for i, columns in enumerate(index.long()):
-        y = y + scaling * _boosted(without_bias[..., columns], router[min(i, router.shape[0] - 1)], B)
-    return y
+    c = torch.ones_like(index) if row_scale is None else row_scale
+    x = [without_bias[..., columns] * c_i.to(y0.dtype) for c_i, columns in zip(c, index.long(), strict=True)]
+    return y + scaling * _update(x, router, B, bounded)
 
 
-def alpha(x_i: Tensor, T_i: Tensor, bounded: bool = False) -> Tensor:
-    """``a_i = <T_i, x_i>``, ``1 + tanh(4 <T_i, x_i / rms(x_i)>)``, or the constant that is given as ``T_i``."""
+def alpha(x: list[Tensor], i: int, router: Tensor, bounded: bool = False) -> Tensor:
+    """``a_i = <T_i, x_i>``, ``1 + tanh(4 <T, u / rms(u)>)`` with ``u = sum_i x_i``, or the constant that is given."""
+    T_i = router[min(i, router.shape[0] - 1)]
     if not T_i.ndim:
         return T_i
     if bounded:
-        return 1 + (4 * (x_i * T_i).sum(-1, keepdim=True) / x_i.square().mean(-1, keepdim=True).sqrt()).tanh()
-    return (x_i * T_i).sum(-1, keepdim=True)
+        u = torch.stack(x).sum(0)
+        return 1 + (4 * (u * T_i).sum(-1, keepdim=True) / u.square().mean(-1, keepdim=True).sqrt()).tanh()
+    return (x[i] * T_i).sum(-1, keepdim=True)
 
 
 def row_scale(W: Tensor, index: Tensor) -> Tensor:
@@ -87,7 +92,10 @@ def pivoted_rows(W: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _boosted(x_i: Tensor, T_i: Tensor, B: Tensor, bounded: bool = False) -> Tensor:
-    """``a_i concat_j(B x_i^(j))``."""
-    a_i = alpha(x_i, T_i, bounded)
-    return a_i * torch.cat([part @ B.T for part in x_i.split(B.shape[1], dim=-1)], dim=-1)
+def _update(x: list[Tensor], router: Tensor, B: Tensor, bounded: bool) -> Tensor:
+    """``sum_i a_i concat_j(B x_i^(j))``."""
+    update = torch.zeros(())
+    for i, x_i in enumerate(x):
+        boosted = torch.cat([part @ B.T for part in x_i.split(B.shape[1], dim=-1)], dim=-1)
+        update = update + alpha(x, i, router, bounded) * boosted
+    return update

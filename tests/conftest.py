@@ -48,6 +48,30 @@ def adapter_tensors(
     return index.to(device), router.to(device, dtype), B.to(device, dtype)
 
 
+# What there is to choose of an operator's router and rows: what `adapter_tensors` takes, and `options`.
+FORMS: dict[str, dict[str, bool]] = {
+    "per-cluster": {},
+    "shared": {"shared": True},
+    "static-per-cluster": {"static": True},
+    "static": {"static": True, "shared": True},
+    "bounded": {"shared": True, "bounded": True},
+    "per-cluster, scaled": {"scaled": True},
+    "static, scaled": {"static": True, "shared": True, "scaled": True},
+    "bounded, scaled": {"shared": True, "bounded": True, "scaled": True},
+}
+
+
+def tensors_of(form: dict[str, bool], *shape: int, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, router and B of a form."""
+    return adapter_tensors(*shape, **{name: form.get(name, False) for name in ("shared", "static")}, **fields)
+
+
+def options(form: dict[str, bool], index: Tensor) -> dict[str, Any]:
+    """What an operator takes beside the tensors: ``row_scale`` and ``bounded``."""
+    c = 0.5 + torch.rand(index.shape, generator=torch.Generator().manual_seed(3))
+    return {"row_scale": c.to(index.device) if form.get("scaled") else None, "bounded": form.get("bounded", False)}
+
+
 def tiny_llama(seed: int = 0, **overrides: object) -> nn.Module:
     """Grouped-query Llama without biases: K and V are half as wide."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -291,6 +291,8 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
     assert lora["optimizer_bytes"] >= 2 * 4 * lora["trainable_parameters"] > 0  # two moments
     assert lora["adapter_bytes"] > 4 * lora["trainable_parameters"]
     assert lora["saved_bytes"] > figures["none"]["saved_bytes"] > 0
+    assert lora["decode_cpu_over_frozen"] > 1
+    assert lora["decode_cpu_seconds"] > 0
     assert lora["step_cpu_seconds_over_none"] == lora["step_cpu_seconds"] / figures["none"]["step_cpu_seconds"]
     assert "| lora-r8 |" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import adapter_tensors
+from conftest import FORMS, options, tensors_of
 
 from idlora_ext import native
 
@@ -37,18 +37,20 @@ SHAPES = [
 TOKENS = [0, 1, 2, 37, 130]  # few: threads share B; many: they share the tokens, of which backward takes chunks
 
 
-def problem(shape, N, dtype, held=torch.float32, shared=False, static=False, draw=0):
+def problem(shape, N, dtype, held=torch.float32, form=FORMS["per-cluster"], draw=0):
     """``y0, dy, index, router, B, bias``."""
     torch.manual_seed(draw)
-    d, k, r, s = shape
-    index, router, B = adapter_tensors(d, k, r, s, shared=shared, static=static, dtype=held)
+    d = shape[0]
+    index, router, B = tensors_of(form, *shape, dtype=held)
     return torch.randn(N, d).to(dtype), torch.randn(N, d).to(dtype), index, router, B, torch.randn(d).to(held)
 
 
-def run(prefix, y0, dy, index, router, B, bias, bias_in_y0=False):
+def run(prefix, y0, dy, index, router, B, bias, bias_in_y0=False, form=FORMS["per-cluster"]):
     adapt, backward = (getattr(torch.ops.idlora, f"{prefix}{op}") for op in ("adapt", "adapt_backward"))
-    y, x = adapt(y0, index, router, B, bias, 0.7, bias_in_y0, True)
-    return {"y": y, "x": x} | dict(zip(("dy0", "dT", "dB"), backward(dy, x, index, router, B, 0.7), strict=True))
+    c, bounded = options(form, index).values()
+    y, x = adapt(y0, index, router, B, bias, 0.7, bias_in_y0, c, bounded, True)
+    gradients = backward(dy, x, index, router, B, 0.7, c, bounded)
+    return {"y": y, "x": x} | dict(zip(("dy0", "dT", "dB"), gradients, strict=True))
 
 
 def rms(t):
@@ -56,14 +58,21 @@ def rms(t):
 
 
 def check_error(shape, N, dtype):
-    for (held, bias_in_y0), static in itertools.product(((torch.float32, False), (dtype, True)), (False, True)):
-        kind = {"held": held, "shared": bias_in_y0, "static": static}
+    forms = list(FORMS.values())
+    turn = SHAPES.index(shape) + TOKENS.index(N) + DTYPES.index(dtype) if shape in SHAPES else 0
+    for i in range(3):  # each meets every dtype, and many shapes
+        form, (held, bias_in_y0) = forms[(3 * turn + i) % len(forms)], ((torch.float32, False), (dtype, True))[i % 2]
+        kind = {"held": held, "form": form}
         errors = draw_errors(shape, N, dtype, bias_in_y0, kind, range(1))
         *_, router, B, _ = problem(shape, N, dtype, **kind)
-        for name, parameter in {"dT": router, "dB": B}.items():
-            few = min(16, math.ceil(64 / parameter.numel()))
-            if few > 1:  # the error of a few numbers is luck: it is that of draws with 64, or of 16
-                errors[name] = draw_errors(shape, N, dtype, bias_in_y0, kind, range(few))[name]
+        counts = {"dT": router.numel(), "dB": B.numel()}
+        if form.get("bounded"):
+            counts |= dict.fromkeys(("y", "dy0"), N)  # whose errors are those of one weight a token
+        # The error of a few numbers is luck: it is that of draws with 64, or of 16.
+        draws = {name: min(16, math.ceil(64 / max(count, 1))) for name, count in counts.items()}
+        if max(draws.values()) > 1:
+            more = draw_errors(shape, N, dtype, bias_in_y0, kind, range(max(draws.values())))
+            errors |= {name: more[name] for name, count in draws.items() if count > 1}
         for name, (ours, plain, rounding) in errors.items():
             assert ours <= (2 if name in "yx" else 3) * max(plain, rounding), (name, kind)
 
@@ -73,9 +82,10 @@ def draw_errors(shape, N, dtype, bias_in_y0, kind, draws):
     outputs = {}
     for draw in draws:
         args = problem(shape, N, dtype, draw=draw, **kind)
-        ours, plain = run("", *args, bias_in_y0), run("default_", *args, bias_in_y0)
-        truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), bias_in_y0)
-        if ours["x"].ndim == 3:  # else it is a sum
+        rest = bias_in_y0, kind["form"]
+        ours, plain = run("", *args, *rest), run("default_", *args, *rest)
+        truth = run("default_", *(t.double() if t.is_floating_point() else t for t in args), *rest)
+        if ours["x"].ndim == 3 and not kind["form"].get("scaled"):  # else it is a sum, or rounded
             assert torch.equal(ours["x"], plain["x"])
         for name, true in truth.items():
             assert ours[name].shape == plain[name].shape
@@ -114,13 +124,14 @@ def test_kernel_results_do_not_depend_on_threads(dtype):
     before = torch.get_num_threads()
     try:
         for shape, N in [((576, 4, 128, 2), 70), ((301, 4, 43, 1), 300), ((1032, 4, 24, 2), 33), ((4096, 4, 32, 2), 5)]:
-            args = problem(shape, N, dtype)
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(run("", *args))
-            for result in results[1:]:
-                assert all(torch.equal(result[name], t) for name, t in results[0].items()), (shape, N)
+            for form in (FORMS["per-cluster"], FORMS["static, scaled"], FORMS["bounded, scaled"]):
+                args = problem(shape, N, dtype, form=form)
+                results = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(run("", *args, form=form))
+                for result in results[1:]:
+                    assert all(torch.equal(result[name], t) for name, t in results[0].items()), (shape, N, form)
     finally:
         torch.set_num_threads(before)
 
@@ -131,14 +142,16 @@ def test_kernel_in_place_is_the_same(shape, dtype):
     """Bit for bit: a token's columns are read before any of them is written, whatever threads share."""
     before = torch.get_num_threads()
     try:
-        for N, static, threads in itertools.product(TOKENS, (False, True), (1, 3)):
+        forms = (FORMS["per-cluster"], FORMS["static"], FORMS["bounded, scaled"])
+        for N, form, threads in itertools.product(TOKENS, forms, (1, 3)):
             torch.set_num_threads(threads)
-            y0, _, *adapter = problem(shape, N, dtype, static=static)
+            y0, _, *adapter = problem(shape, N, dtype, form=form)
             for bias_in_y0 in (False, True):
-                expected, _ = torch.ops.idlora.adapt(y0, *adapter, 0.7, bias_in_y0)
+                rest = (*adapter, 0.7, bias_in_y0, *options(form, adapter[0]).values())
+                expected, _ = torch.ops.idlora.adapt(y0, *rest)
                 y = y0.clone()
-                torch.ops.idlora.adapt_(y, *adapter, 0.7, bias_in_y0)
-                assert torch.equal(y, expected), (N, static, threads, bias_in_y0)
+                torch.ops.idlora.adapt_(y, *rest)
+                assert torch.equal(y, expected), (N, form, threads, bias_in_y0)
     finally:
         torch.set_num_threads(before)
 
@@ -147,10 +160,10 @@ def test_kernel_in_place_is_the_same(shape, dtype):
 def test_kernel_results_do_not_depend_on_the_batch(dtype):
     """A token among many gets what it gets alone, up to the order in which a tile sums: here, the same bits."""
     y0, dy, index, router, B, bias = problem((576, 4, 32, 2), 130, dtype)
-    y, x = torch.ops.idlora.adapt(y0, index, router, B, bias, 0.7, False, True)
+    y, x = torch.ops.idlora.adapt(y0, index, router, B, bias, 0.7, save_x=True)
     dy0 = torch.ops.idlora.adapt_backward(dy, x, index, router, B, 0.7)[0]
     for n in (0, 64, 129):
-        alone, x_alone = torch.ops.idlora.adapt(y0[n : n + 1], index, router, B, bias, 0.7, False, True)
+        alone, x_alone = torch.ops.idlora.adapt(y0[n : n + 1], index, router, B, bias, 0.7, save_x=True)
         assert torch.equal(alone, y[n : n + 1])
         assert torch.equal(
             torch.ops.idlora.adapt_backward(dy[n : n + 1], x_alone, index, router, B, 0.7)[0], dy0[n : n + 1]
@@ -189,7 +202,7 @@ def test_kernel_rows_more_than_2_31_elements_apart(dtype):
     for values, op in [(y0, "adapt"), (dy, "adapt_backward")]:
         apart.copy_(values)
         x = torch.ops.idlora.cluster_gather(y0, index)
-        rest = (index, router, B, bias, 0.7, False, True) if op == "adapt" else (x, index, router, B, 0.7)
+        rest = (index, router, B, bias, 0.7, False, None, False, True) if op == "adapt" else (x, index, router, B, 0.7)
         expected = getattr(torch.ops.idlora, op)(values, *rest)
         assert all(map(torch.equal, getattr(torch.ops.idlora, op)(apart, *rest), expected))
 

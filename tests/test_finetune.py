@@ -193,7 +193,7 @@ def test_finetune_options_reach_the_run(model_path: str, text_path: str, tmp_pat
     options = (
         "--chat --length 48 --batch 2 --gradient-accumulation 2 --steps 2 --gradient-checkpointing --seed 3 --warmup 1"
     )
-    fields = "--rank-boost 1 --scaling 0.5 --selection pivoted_qr --router bounded --row-scale --no-shared-router --target-modules q_proj,down_proj"
+    fields = "--rank-boost 1 --scaling 0.5 --selection pivoted_qr --router linear --row-scale --no-shared-router --target-modules q_proj,down_proj"
     argv = ["finetune", model_path, text_path, "--output", str(tmp_path / "run"), "--dtype", "bfloat16"]
     assert main([*argv, *options.split()[1:], *fields.split(), *ADAPTER]) == 0
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
@@ -202,7 +202,7 @@ def test_finetune_options_reach_the_run(model_path: str, text_path: str, tmp_pat
     assert {tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith("_B")} == {(64, 8)}
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert (config["scaling"], config["selection"], config["seed"]) == (0.5, "pivoted_qr", 3)
-    assert (config["router"], config["row_scale"], config["shared_router"]) == ("bounded", True, False)
+    assert (config["router"], config["row_scale"], config["shared_router"]) == ("linear", True, False)
 
 
 @pytest.mark.parametrize(

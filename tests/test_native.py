@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapter_tensors
+from conftest import FORMS, options, tensors_of
 
 import idlora_ext
 from idlora_ext import environment, native, ops, reference
 from idlora_ext.cli import main
+from idlora_ext.default_kernels import SCHEMAS, default_kernels
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -29,9 +30,9 @@ def python(*arguments, cwd=None, **variables):
     return subprocess.run([sys.executable, *arguments], env=given, cwd=cwd, capture_output=True, text=True)
 
 
-def problem(device="cpu", dtype=torch.float32, leading=(5,), shape=(24, 3, 4, 2), **router):
+def problem(device="cpu", dtype=torch.float32, leading=(5,), shape=(24, 3, 4, 2), form=FORMS["per-cluster"]):
     torch.manual_seed(0)
-    tensors = adapter_tensors(*shape, dtype=dtype, device=device, **router)
+    tensors = tensors_of(form, *shape, dtype=dtype, device=device)
     return torch.randn(*leading, shape[0]).to(device, dtype), *tensors, torch.randn(shape[0]).to(device, dtype)
 
 
@@ -54,8 +55,8 @@ VIEWS = {
 def test_strides_of_the_activation_do_not_matter(view, dtype, device):
     y0, index, router, B, b = problem(device, dtype, (3, 4))
     y0, dy = view(y0), view(torch.randn(3, 4, 24).to(device, dtype))
-    y, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, False, True)
-    expected = torch.ops.idlora.adapt(y0.contiguous(), index, router, B, b, 0.7, False, True)
+    y, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, save_x=True)
+    expected = torch.ops.idlora.adapt(y0.contiguous(), index, router, B, b, 0.7, save_x=True)
     assert torch.equal(y, expected[0])
     assert torch.equal(x, expected[1])
     gradients = torch.ops.idlora.adapt_backward(dy, x, index, router, B, 0.7)
@@ -79,23 +80,25 @@ def test_in_place_whatever_the_strides(view, dtype, device):
     assert torch.equal(y0, expected)
 
 
-ROUTERS = [{"shared": shared, "static": static} for shared in (False, True) for static in (False, True)]
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck_in_the_dtypes_it_serves(dtype, router, device):
-    y0, index, router, B, b = problem(device, dtype, (2, 2), **router)
+def test_opcheck_in_the_dtypes_it_serves(dtype, form, device):
+    y0, index, router, B, b = problem(device, dtype, (2, 2), form=form)
     y0 = torch.cat([y0, y0], -1)[..., :24]
-    kept = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, False, True)[1]
+    given = options(form, index)
+    c, bounded = given.values()
+    kept = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, **given, save_x=True)[1]
     x, z = y0[..., index.long()], torch.randn(2, 2, 4, device=device)
     for name, args in {
-        "cluster_gather": (y0, index, b),
-        "rb_scale": (x, router.float()),
+        "cluster_gather": (y0, index, b, c),
+        "rb_scale": (x, router.float(), bounded),
         "shared_gemm": (y0, z, B.float(), b, 0.7),
-        "adapt": (y0, index, router, B, b, 0.7, False, True),
-        "adapt_": (y0, index, router, B, b, 0.7),
-        "adapt_backward": (y0, kept, index, router, B.float(), 0.7),
+        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, True),
+        "adapt_": (y0, index, router, B, b, 0.7, False, c, bounded),
+        "adapt_backward": (y0, kept, index, router, B.float(), 0.7, c, bounded),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
@@ -109,17 +112,22 @@ def test_serves_the_families_and_adapt(device):
 
 @needs_module
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
-def test_every_router_is_served_without_falling_back(router, dtype, device):
-    y0, index, router, B, b = problem(device, dtype, **router)
+@every_form
+def test_every_form_is_served_without_falling_back(form, dtype, device):
+    y0, index, router, B, b = problem(device, dtype, form=form)
+    given = options(form, index)
     with torch.profiler.profile() as profile:
-        _, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, False, True)
-        torch.ops.idlora.adapt_backward(y0, x, index, router, B, 0.7)
-        torch.ops.idlora.rb_scale(y0[..., index.long()], router)
+        _, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, **given, save_x=True)
+        torch.ops.idlora.adapt_backward(y0, x, index, router, B, 0.7, **given)
+        torch.ops.idlora.rb_scale(
+            torch.ops.idlora.cluster_gather(y0, index, row_scale=given["row_scale"]), router, given["bounded"]
+        )
     fell_back = {event.key for event in profile.key_averages() if event.key.startswith("idlora::default_")}
     served = dtype != torch.float64 and environment.report()["obstacles"][device] is None
     assert fell_back == (
-        set() if served else {f"idlora::default_{op}" for op in ("adapt", "adapt_backward", "rb_scale")}
+        set()
+        if served
+        else {f"idlora::default_{op}" for op in ("adapt", "adapt_backward", "cluster_gather", "rb_scale")}
     )
 
 
@@ -129,7 +137,7 @@ def test_every_router_is_served_without_falling_back(router, dtype, device):
 def test_float64_runs_on_the_default_kernel(device):
     args = problem(device, torch.float64)
     y, _ = torch.ops.idlora.adapt(*args, 0.7)
-    assert torch.equal(y, ops.default_kernels["adapt"](*args, 0.7)[0])
+    assert torch.equal(y, default_kernels["adapt"](*args, 0.7)[0])
 
 
 @needs_module
@@ -210,7 +218,7 @@ def test_env(capsys):
     assert main(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == environment.report()
-    assert set(report["kernels"]) == {schema.partition("(")[0] for schema in ops.SCHEMAS}
+    assert set(report["kernels"]) == {schema.partition("(")[0] for schema in SCHEMAS}
     for device, obstacle in report["obstacles"].items():
         assert (obstacle is None) == any(on[device] == "native" for on in report["kernels"].values())
     assert main(["env"]) == 0

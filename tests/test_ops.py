@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import adapter_tensors
+from conftest import FORMS, adapter_tensors, options, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idlora_ext import ops, reference
@@ -17,19 +17,13 @@ LEADING = {"N=0": (0,), "N=1": (1,), "N=5": (5,), "2x3": (2, 3), "none": ()}
 BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
 
 
-ROUTERS = {
-    "per-cluster": {},
-    "shared": {"shared": True},
-    "static-per-cluster": {"static": True},
-    "static": {"static": True, "shared": True},
-}
-every_router = pytest.mark.parametrize("router_kind", ROUTERS.values(), ids=ROUTERS)
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def problem(
     shape,
     leading=(5,),
-    router_kind=ROUTERS["per-cluster"],
+    form=FORMS["per-cluster"],
     bias=None,
     dtype=torch.float64,
     device="cpu",
@@ -37,7 +31,7 @@ def problem(
 ):
     d, k, r, s = shape
     torch.manual_seed(0)
-    index, router, B = adapter_tensors(d, k, r, s, **router_kind, dtype=dtype, device=device)
+    index, router, B = tensors_of(form, d, k, r, s, dtype=dtype, device=device)
     y0 = torch.randn(*leading, d, dtype=torch.float64).to(device, dtype)
     b = None if bias is None else torch.randn(d, dtype=torch.float64).to(device, dtype)
     for t in (y0, router, B, b):
@@ -47,13 +41,14 @@ def problem(
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_router
+@every_form
 @pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_adapt_is_the_papers_equation(shape, leading, router_kind, bias, device):
-    args = problem(shape, leading, router_kind, bias, device=device)
-    expected = reference.adapt(*args, 0.7, bias_in_y0=bool(bias))
-    y = ops.adapt(*args, 0.7, bias_in_y0=bool(bias))
+def test_adapt_is_the_papers_equation(shape, leading, form, bias, device):
+    args = problem(shape, leading, form, bias, device=device)
+    rest = {"scaling": 0.7, "bias_in_y0": bool(bias)} | options(form, args[1])
+    expected = reference.adapt(*args, **rest)
+    y = ops.adapt(*args, **rest)
     assert y.shape == args[0].shape
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
@@ -74,49 +69,55 @@ def test_adapted_linear_layer_is_the_papers_layer():
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_router
-def test_gradcheck(router_kind, bias, device):
-    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), router_kind, bias, device=device)
-    assert torch.autograd.gradcheck(
-        lambda y0, router, B, b: ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias)), (y0, router, B, b)
-    )
-    assert torch.autograd.gradcheck(
-        lambda y0, router, B, b: ops.shared_gemm(
-            y0, ops.rb_scale(ops.cluster_gather(y0, index, b if bias else None), router), B, None if bias else b, 0.7
-        ),
-        (y0, router, B, b),
-    )
+@every_form
+def test_gradcheck(form, bias, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias, device=device)
+    given = options(form, index)
+    c, bounded = given.values()
+
+    def in_parts(y0, router, B, b):
+        x = ops.cluster_gather(y0, index, b if bias else None, c)
+        return ops.shared_gemm(y0, ops.rb_scale(x, router, bounded), B, None if bias else b, 0.7)
+
+    for function in (
+        lambda y0, router, B, b: ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given),
+        in_parts,
+    ):
+        assert torch.autograd.gradcheck(function, (y0, router, B, b))
 
 
-@every_router
-def test_opcheck(router_kind, device):
-    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), router_kind, bias=True, device=device)
+@every_form
+def test_opcheck(form, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias=True, device=device)
     x = y0.detach()[..., index.long()].requires_grad_()
     z = torch.randn(2, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
     dy, dz = torch.randn_like(y0), torch.randn_like(z)
     plain = [t.detach() for t in (x, router, B, z)]
-    kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, False, True)[1].detach()
+    given = options(form, index)
+    c, bounded = given.values()
+    kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, **given, save_x=True)[1].detach()
     for name, args in {
-        "cluster_gather": (y0, index, b),
-        "cluster_gather_backward": (plain[0], index, 24),
-        "rb_scale": (x, router),
-        "rb_scale_backward": (dz, plain[0], plain[1]),
+        "cluster_gather": (y0, index, b, c),
+        "cluster_gather_backward": (plain[0], index, 24, c),
+        "rb_scale": (x, router, bounded),
+        "rb_scale_backward": (dz, plain[0], plain[1], bounded),
         "shared_gemm": (y0, z, B, b, 0.7),
         "shared_gemm_backward": (dy, plain[3], plain[2], 0.7),
-        "adapt": (y0, index, router, B, b, 0.7, False, True),
-        "adapt_": (y0.detach(), index, plain[1], plain[2], b.detach(), 0.7),
-        "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7),
+        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, True),
+        "adapt_": (y0.detach(), index, plain[1], plain[2], b.detach(), 0.7, False, c, bounded),
+        "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7, c, bounded),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
 
-@every_router
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_family_ops_compose_to_adapt(dtype, router_kind, device):
-    y0, index, router, B, b = problem((64, 4, 16, 4), router_kind=router_kind, dtype=dtype, bias=False, device=device)
-    z = ops.rb_scale(ops.cluster_gather(y0, index), router)
+def test_family_ops_compose_to_adapt(dtype, form, device):
+    y0, index, router, B, b = problem((64, 4, 16, 4), form=form, dtype=dtype, bias=False, device=device)
+    given = options(form, index)
+    z = ops.rb_scale(ops.cluster_gather(y0, index, row_scale=given["row_scale"]), router, given["bounded"])
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7))
+    assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7, **given))
 
 
 STRIDES = {
@@ -144,16 +145,17 @@ def test_strided_and_expanded_inputs(view, device):
     assert torch.equal(y0, before), "adapt wrote to its input"
 
 
-@every_router
-def test_in_place_is_for_inference(router_kind, device):
-    y0, index, router, B, b = problem((24, 3, 4, 2), router_kind=router_kind, bias=False, device=device)
+@every_form
+def test_in_place_is_for_inference(form, device):
+    y0, index, router, B, b = problem((24, 3, 4, 2), form=form, bias=False, device=device)
     with pytest.raises(RuntimeError, match="adapt_: it is for inference"):
         ops.adapt_(y0, index, router, B)
-    expected = ops.adapt(y0, index, router, B, b, 0.7)
+    rest = (index, router, B, b, 0.7, False, *options(form, index).values())
+    expected = ops.adapt(y0, *rest)
     with torch.no_grad():
-        inside = torch.func.vmap(ops.adapt_, (0, None, None, None, None, None))(y0.clone(), index, router, B, b, 0.7)
+        inside = torch.func.vmap(ops.adapt_, (0,) + 8 * (None,))(y0.clone(), *rest)
         torch.testing.assert_close(inside, expected)
-        assert ops.adapt_(y0, index, router, B, b, 0.7) is y0
+        assert ops.adapt_(y0, *rest) is y0
         with pytest.raises(ValueError, match=r"adapt: B must be \[d/s, r/s\]"):
             ops.adapt_(y0, index, router, B[1:])
     assert torch.equal(y0, expected)
@@ -163,16 +165,17 @@ def test_in_place_is_for_inference(router_kind, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(64, 4, 16, 2), (1032, 4, 24, 2), (512, 4, 128, 2)], ids=str)
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_router
-def test_low_precision_error(shape, router_kind, bias, dtype, parameters, device):
+@every_form
+def test_low_precision_error(shape, form, bias, dtype, parameters, device):
     """Error against float64 at most 2x (gradients 3x) that of the same maths in the same dtype in plain PyTorch."""
-    _, index, router, B, b = problem(shape, (37,), router_kind, bias=bias, device=device, requires_grad=False)
+    _, index, router, B, b = problem(shape, (37,), form, bias=bias, device=device, requires_grad=False)
     held = torch.float32 if parameters == "float32" else dtype
     rest = [router.to(held), B.to(held)] + ([] if b is None else [b.to(held)])
 
     def run(function, y0, dy, convert):
         variables = [convert(t).detach().requires_grad_() for t in (y0, *rest)]
-        y = function(variables[0], index, *variables[1:], scaling=0.7, bias_in_y0=bool(bias))
+        given = options(form, index)
+        y = function(variables[0], index, *variables[1:], scaling=0.7, bias_in_y0=bool(bias), **given)
         return [y, *torch.autograd.grad(y, variables, dy.to(y.dtype))]
 
     def errors(function, y0, dy, convert):
@@ -206,14 +209,15 @@ def test_float16_survives_a_z_beyond_its_range(device):
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0)
 
 
-@every_router
-def test_saves_x_and_small_things_only(router_kind, device):
-    y0, index, router, B, b = problem((64, 4, 8, 2), (50,), router_kind, bias=False, device=device)
+@every_form
+def test_saves_x_and_small_things_only(form, device):
+    y0, index, router, B, b = problem((64, 4, 8, 2), (50,), form, bias=False, device=device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.adapt(y0, index, router, B, b)
+        ops.adapt(y0, index, router, B, b, **options(form, index))
     sizes = sorted(t.numel() for t in saved if t.data_ptr() not in {router.data_ptr(), B.data_ptr(), index.data_ptr()})
-    assert sizes == [50 * 8 if router_kind == ROUTERS["static"] else 50 * 4 * 8]
+    one_weight = form.get("bounded") or (form.get("static") and form.get("shared"))
+    assert sizes == ([4 * 8] if form.get("scaled") else []) + [50 * 8 if one_weight else 50 * 4 * 8]
 
 
 def test_no_zeros_are_made_for_gradients_that_are_undefined(device):
@@ -261,15 +265,15 @@ def test_autocast_does_not_reach_into_the_kernels(device):
     assert torch.equal(inside, plain)
 
 
-@every_router
-def test_compiles_without_graph_breaks(router_kind, device):
+@every_form
+def test_compiles_without_graph_breaks(form, device):
     torch.compiler.reset()
-    y0, index, router, B, _ = problem((24, 3, 4, 2), router_kind=router_kind, device=device)
-    compiled = torch.compile(ops.adapt, fullgraph=True, dynamic=True)
+    y0, index, router, B, _ = problem((24, 3, 4, 2), form=form, device=device)
+    compiled, given = torch.compile(ops.adapt, fullgraph=True, dynamic=True), options(form, index)
     for n in (1, 5, 9):
         y0 = torch.randn(n, 24, dtype=torch.float64, device=device, requires_grad=True)
-        y = compiled(y0, index, router, B, None, 0.7)
-        expected = reference.adapt(y0, index, router, B, None, 0.7)
+        y = compiled(y0, index, router, B, None, 0.7, **given)
+        expected = reference.adapt(y0, index, router, B, None, 0.7, **given)
         torch.testing.assert_close(y, expected)
         for ours, theirs in zip(
             torch.autograd.grad(y.square().sum(), (y0, router, B)),
@@ -279,14 +283,15 @@ def test_compiles_without_graph_breaks(router_kind, device):
             torch.testing.assert_close(ours, theirs)
 
 
-@every_router
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_the_output_may_be_changed_in_place(router_kind, dtype, device):
+def test_the_output_may_be_changed_in_place(form, dtype, device):
     """As models do (DeBERTa): a view that a custom function returned would refuse it."""
-    y0, index, router, B, b = problem((64, 4, 16, 2), router_kind=router_kind, dtype=dtype, bias=False, device=device)
+    y0, index, router, B, b = problem((64, 4, 16, 2), form=form, dtype=dtype, bias=False, device=device)
     g = torch.randn_like(y0)
-    expected = torch.autograd.grad(ops.adapt(y0, index, router, B, b), (y0, B), g)
-    y = ops.adapt(y0, index, router, B, b)
+    given = options(form, index)
+    expected = torch.autograd.grad(ops.adapt(y0, index, router, B, b, **given), (y0, B), g)
+    y = ops.adapt(y0, index, router, B, b, **given)
     y += 1
     assert all(map(torch.equal, torch.autograd.grad(y, (y0, B), g), expected))
 

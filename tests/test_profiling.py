@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import limits
 import profile_nsight
 import pytest
 import torch
-from conftest import FIELDS, adapter_tensors, inputs, tiny_llama
+from conftest import FIELDS, FORMS, inputs, options, tensors_of, tiny_llama
 from profile_nsight import Shape, distinct, read_ncu, table
 
 import idlora_ext
@@ -245,6 +244,7 @@ def test_captured_shapes(tmp_path):
     model(**inputs(batch=3, length=3))
     assert len(shapes) == 2 * 14
     sizes = {"N": 14, "d": 32, "k": 2, "r": 8, "s": 2, "shared_router": False, "static_router": False}
+    sizes |= {"bounded": False, "row_scale": False}
     dtypes = dict.fromkeys(("dtype", "router_dtype", "B_dtype"), "bfloat16")
     assert {"layer": "model.layers.1.self_attn.v_proj"} | sizes | dtypes in shapes
 
@@ -257,33 +257,36 @@ def test_captured_shapes(tmp_path):
 
 
 def test_shapes_survive_in_the_names_of_ranges():
-    for shared, static in itertools.product((True, False), repeat=2):
-        shape = Shape("model.layers.0.q_proj", 37, 1032, 4, 24, 2, shared, "bfloat16", "float32", "float16", static)
+    for form in FORMS.values():
+        options = [form.get(name, False) for name in ("static", "bounded", "scaled")]
+        shared = form.get("shared", False)
+        shape = Shape("model.layers.0.q_proj", 37, 1032, 4, 24, 2, shared, "bfloat16", "float32", "float16", *options)
         assert Shape.parse(str(shape)) == shape
         assert not set(str(shape)) & set('@,[]/*+|":'), "ncu's filters and its CSV give these a meaning"
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("shared", [True, False])
-def test_limits_count_every_tensor_once(shared, static):
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_limits_count_every_tensor_once(form):
     """Against the tensors that the ops really take and return."""
     N, d, k, r, s = 37, 1032, 4, 24, 2
     for dtype, narrow in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
-        index, router, B = adapter_tensors(d, k, r, s, shared=shared, static=static, dtype=narrow)
+        index, router, B = tensors_of(form, d, k, r, s, dtype=narrow)
+        given = options(form, index)
         y0 = torch.randn(N, d).to(dtype)
-        y, x = torch.ops.idlora.adapt(y0, index, router, B, None, 1.0, False, True)
-        gradients = ops.adapt_backward(y, x, index, router, B)
+        y, x = torch.ops.idlora.adapt(y0, index, router, B, None, 1.0, **given, save_x=True)
+        gradients = ops.adapt_backward(y, x, index, router, B, **given)
 
         def moved(*tensors):
             return sum(t.nbytes for t in tensors)
 
         sizes = (N, d, k, r, s, dtype.itemsize, narrow.itemsize, narrow.itemsize)
-        form = {"shared_router": shared, "static_router": static}
-        read = (index, router, B)
-        forward = limits.forward_limit(*sizes, training=True, **form)
+        names = {"shared_router": "shared", "static_router": "static", "bounded": "bounded", "row_scale": "scaled"}
+        said = {name: form.get(short, False) for name, short in names.items()}
+        read = [t for t in (index, router, B, given["row_scale"]) if t is not None]
+        forward = limits.forward_limit(*sizes, training=True, **said)
         assert forward == moved(y0, y, x, *read)
-        assert limits.forward_limit(*sizes, training=False, **form) == moved(y0, y, *read)
-        assert limits.backward_limit(*sizes, **form) == moved(y, x, *read, *gradients)
+        assert limits.forward_limit(*sizes, training=False, **said) == moved(y0, y, *read)
+        assert limits.backward_limit(*sizes, **said) == moved(y, x, *read, *gradients)
 
 
 # ---- benchmarks/profile_nsight.py ------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import adapter_tensors
-from test_ops import BIASES, every_router, problem
+from conftest import adapter_tensors, options
+from test_ops import BIASES, every_form, problem
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -15,43 +15,46 @@ from idlora_ext import IdLoraConfig, ops, reference
 every_bias = pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 
 
-def fused_and_composed(index, bias):
+def fused_and_composed(index, bias, form):
     """``adapt`` in one operator, and made of the three."""
+    given = options(form, index)
 
     def fused(y0, router, B, b):
-        return ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias))
+        return ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given)
 
     def composed(y0, router, B, b):
-        x = ops.cluster_gather(y0, index, b if bias else None)
-        return ops.shared_gemm(y0, ops.rb_scale(x, router), B, None if bias else b, 0.7)
+        x = ops.cluster_gather(y0, index, b if bias else None, given["row_scale"])
+        return ops.shared_gemm(y0, ops.rb_scale(x, router, given["bounded"]), B, None if bias else b, 0.7)
 
     return fused, composed
 
 
 @every_bias
-@every_router
-def test_second_derivatives(router_kind, bias, device):
-    y0, index, *rest = problem((12, 2, 3, 1), (2,), router_kind, bias, device=device)
-    for function in fused_and_composed(index, bias):
+@every_form
+def test_second_derivatives(form, bias, device):
+    y0, index, *rest = problem((12, 2, 3, 1), (2,), form, bias, device=device)
+    for function in fused_and_composed(index, bias, form):
         assert torch.autograd.gradgradcheck(function, (y0, *rest))
 
 
 @every_bias
-@every_router
-def test_forward_mode(router_kind, bias, device):
-    y0, index, *rest = problem((12, 2, 4, 2), (2,), router_kind, bias, device=device)
-    for function in fused_and_composed(index, bias):
+@every_form
+def test_forward_mode(form, bias, device):
+    y0, index, *rest = problem((12, 2, 4, 2), (2,), form, bias, device=device)
+    for function in fused_and_composed(index, bias, form):
         assert torch.autograd.gradcheck(function, (y0, *rest), check_forward_ad=True, check_backward_ad=False)
 
 
-@every_router
-def test_second_derivatives_of_the_native_kernels(router_kind, device):
+@every_form
+def test_second_derivatives_of_the_native_kernels(form, device):
     """Those of float32: the product of a Hessian with a vector, against the equation's in float64."""
     products = []
     for dtype, adapt in ((torch.float32, ops.adapt), (torch.float64, reference.adapt)):
-        y0, index, router, B, _ = problem((64, 4, 8, 2), (6,), router_kind, dtype=dtype, device=device)
+        y0, index, router, B, _ = problem((64, 4, 8, 2), (6,), form, dtype=dtype, device=device)
         variables = (y0, router, B)
-        gradients = torch.autograd.grad(adapt(y0, index, router, B).tanh().sum(), variables, create_graph=True)
+        gradients = torch.autograd.grad(
+            adapt(y0, index, router, B, **options(form, index)).tanh().sum(), variables, create_graph=True
+        )
         generator = torch.Generator().manual_seed(1)
         v = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in variables]
         products.append(torch.autograd.grad(gradients, variables, v))

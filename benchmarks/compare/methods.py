@@ -63,7 +63,9 @@ METHODS: dict[str, Method] = {
     "idlora-r32": Method(_idlora(32)),
     "idlora-r32-static": Method(_idlora(32, router="static")),
     "idlora-r32-centered": Method(_idlora(32, router="static", center=True)),
-    "idlora-r32-bounded": Method(_idlora(32, router="bounded", center=True)),
+    "idlora-r32-bounded": Method(
+        _idlora(32, router="bounded", center=True, selection="pivoted_qr_whole", row_scale=True)
+    ),
     "lora-fa-r8": Method(_lora(8, kind="LoRA-FA")),
     "idlora-r128": Method(_idlora(128)),
     "idlora-r128-static": Method(_idlora(128, router="static")),

@@ -46,18 +46,18 @@ void multiply_dy(const AdaptBackwardProblem& p, int64_t begin, int64_t end, cons
   }
 }
 
-// dy0[index_i] += dx_i for one token and cluster, rounded once.
+// dy0[index_ij] += c_ij dx_ij for one token and cluster, rounded once. scale: c_i, or null.
 template <class T>
-inline void scatter(T* dy0, const int32_t* index, int64_t r, const float* dx) {
+inline void scatter_cluster(T* dy0, const int32_t* index, int64_t r, const float* dx, const float* scale) {
   if constexpr (std::is_same_v<T, float>) {
-    for (int64_t j = 0; j < r; ++j) dy0[index[j]] += dx[j];
+    for (int64_t j = 0; j < r; ++j) dy0[index[j]] += scale ? scale[j] * dx[j] : dx[j];
     return;
   }
   for (int64_t j = 0; j < r; j += W) {
     const int64_t count = smaller(W, r - j);
     T v[W] = {};
     for (int64_t i = 0; i < count; ++i) v[i] = dy0[index[j + i]];
-    store(v, load(v) + load(dx + j));
+    store(v, load(v) + (scale ? load(scale + j, count) * load(dx + j) : load(dx + j)));
     for (int64_t i = 0; i < count; ++i) dy0[index[j + i]] = v[i];
   }
 }
@@ -94,24 +94,34 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
           store(one + j * q + i, scaling * load(parts + (t * p.s + j) * q_width + i));
         });
     T* const dy0 = static_cast<T*>(p.dy0) + (begin + t) * p.d;
+    auto scatter = [&](int64_t i) {
+      scatter_cluster(dy0, p.index + i * p.r, p.r, dx, p.row_scale ? p.row_scale + i * p.r : nullptr);
+    };
     for (int64_t i = 0; i < k; ++i) {
       const float* const x_i = x + (t * k + i) * width;
       float* const dT_i = dT + (p.router_rows == 1 ? 0 : i * router.width());
       Floats product{};
       for (int64_t j = 0; j < width; j += W) product += load(dz + j) * load(x_i + j);
-      const float da = sum(product), a_i = a[t * k + i];
+      const float a_i = a[t * k + i];
+      float da = sum(product), own = 0;  // dx_i = a_i dz + da T_i + own x_i
+      if (router.bounded()) {
+        const Weight weight(x_i, router);
+        const float dt = da * (1 - weight.tanh) * (1 + weight.tanh);
+        da = ROUTER_GAIN * dt * weight.inverse;
+        own = -dt * weight.t * weight.inverse * weight.inverse / p.r;
+      }
       if (router.constants()) {
         for (int64_t j = 0; j < width; j += W) store(dx + j, a_i * load(dz + j));
         *dT_i += da;
       } else {
         for (int64_t j = 0; j < width; j += W) {
-          store(dx + j, a_i * load(dz + j) + da * load(router[i] + j));
+          store(dx + j, a_i * load(dz + j) + da * load(router[i] + j) + own * load(x_i + j));
           store(dT_i + j, load(dT_i + j) + da * load(x_i + j));
         }
       }
-      scatter(dy0, p.index + i * p.r, p.r, dx);
+      scatter(i);
     }
-    for (int64_t i = k; i < p.k; ++i) scatter(dy0, p.index + i * p.r, p.r, dx);  // x was the sum: all have the same dx
+    for (int64_t i = k; i < p.k; ++i) scatter(i);  // x was the sum: all have the same dx
   }
 }
 

@@ -14,7 +14,8 @@ void gather_x(const T* y0, const GatherProblem& p, const Parallel& parallel) {
   const Offset offset(p.bias, p.bias_dtype, p.index, n);
   parallel_for(parallel, p.N, 4 * n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += GROUP_ROWS)
-      gather_tokens(y0, p.y0_stride, i, smaller(end, i + GROUP_ROWS), p.index, n, offset, static_cast<T*>(p.x) + i * n);
+      gather_tokens(y0, p.y0_stride, i, smaller(end, i + GROUP_ROWS), p.index, n, offset, p.row_scale,
+                    static_cast<T*>(p.x) + i * n);
   });
 }
 
@@ -51,7 +52,7 @@ void route_tokens(const AdaptProblem& p, const float* offset, const Router& rout
   const bool keeps_x = p.x && p.x_clusters == p.k, keeps_sum = p.x && !keeps_x;
   const Buffer gathered(keeps_x ? 0 : (end - begin) * n), wide(p.k * width), a(p.k), routed(width);
   T* x = keeps_x ? static_cast<T*>(p.x) + begin * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
-  gather_tokens(static_cast<const T*>(p.y0), p.y0_stride, begin, end, p.index, n, offset, x);
+  gather_tokens(static_cast<const T*>(p.y0), p.y0_stride, begin, end, p.index, n, offset, p.row_scale, x);
   for (int64_t i = begin; i < end; ++i, x += n, z += p.r) {
     widen_x(x, p.k, p.r, wide);
     if (keeps_sum)

@@ -10,20 +10,22 @@ class Router {
  public:
   template <class Problem>
   explicit Router(const Problem& p)
-      : constants_(p.static_router), shared_(p.router_rows == 1), width_(padded(constants_ ? 1 : p.r)),
-        floats_(p.router_rows * width_) {
+      : constants_(p.static_router), bounded_(p.bounded), shared_(p.router_rows == 1), r_(p.r),
+        width_(padded(constants_ ? 1 : p.r)), floats_(p.router_rows * width_) {
     const int64_t columns = constants_ ? 1 : p.r;
     typed(p.router_dtype, p.router, [&](const auto* T) {
       for (int64_t i = 0; i < p.router_rows; ++i) widen(T + i * columns, columns, floats_ + i * width_);
     });
   }
   bool constants() const { return constants_; }
+  bool bounded() const { return bounded_; }
+  int64_t r() const { return r_; }
   int64_t width() const { return width_; }
   const float* operator[](int64_t i) const { return floats_ + (shared_ ? 0 : i * width_); }
 
  private:
-  bool constants_, shared_;
-  int64_t width_;
+  bool constants_, bounded_, shared_;
+  int64_t r_, width_;
   Buffer floats_;
 };
 
@@ -80,22 +82,55 @@ inline void gather(const T* y0, const T* next, const int32_t* index, int64_t n, 
   }
 }
 
-// Likewise of tokens [begin, end), less an offset [n] if there is one, rounded to T as it is kept. Of all tokens first
-// what is gathered: a vector that was just written in single elements has to wait for them.
+// Likewise of tokens [begin, end), less an offset [n] and times a scale [n] if there is one, rounded to T as it is kept.
+// Of all tokens first what is gathered: a vector that was just written in single elements has to wait for them.
 template <class T>
 inline void gather_tokens(const T* y0, int64_t stride, int64_t begin, int64_t end, const int32_t* index, int64_t n,
-                          const float* offset, T* x) {
+                          const float* offset, const float* scale, T* x) {
   for (int64_t i = begin; i < end; ++i) {
     const T* const row = y0 + i * stride;
     gather(row, i + 1 < end ? row + stride : row, index, n, x + (i - begin) * n);
   }
-  if (!offset) return;
+  if (!offset && !scale) return;
   for (int64_t i = begin; i < end; ++i, x += n)
-    for_vectors(n, [=](int64_t j, auto load, auto store) { store(x + j, load(x + j) - load(offset + j)); });
+    for_vectors(n, [=](int64_t j, auto load, auto store) {
+      Floats v = load(x + j);
+      if (offset) v -= load(offset + j);
+      if (scale) v *= load(scale + j);
+      store(x + j, v);
+    });
 }
+
+// A bounded router's weight for u, [padded(r)] with zeros behind r, and what its gradient needs.
+struct Weight {
+  float inverse, t, tanh;  // 1 / rms(u), 4 <T, u> / rms(u)
+
+  Weight(const float* u, const Router& router) {
+    Floats product{}, square{};
+    for (int64_t j = 0; j < router.width(); j += W) {
+      const Floats v = load(u + j);
+      product += load(router[0] + j) * v;
+      square += v * v;
+    }
+    inverse = 1 / __builtin_sqrtf(sum(square) / router.r() + TINY_SQUARE);
+    t = ROUTER_GAIN * inverse * sum(product);
+    tanh = __builtin_tanhf(t);
+  }
+};
 
 // a_i = <T_i, x_i>, z = sum_i a_i x_i; x is [k, width] with zeros behind r, width = padded(r).
 inline void route(const float* x, const Router& router, int64_t k, int64_t width, float* a, float* z) {
+  if (router.bounded()) {
+    for (int64_t j = 0; j < width; j += W) {
+      Floats u = load(x + j);
+      for (int64_t i = 1; i < k; ++i) u += load(x + i * width + j);
+      store(z + j, u);
+    }
+    const float weight = 1 + Weight(z, router).tanh;
+    for (int64_t i = 0; i < k; ++i) a[i] = weight;
+    for (int64_t j = 0; j < width; j += W) store(z + j, weight * load(z + j));
+    return;
+  }
   for (int64_t i = 0; i < k; ++i) {
     const float* const T = router[i];
     if (router.constants()) {

@@ -19,17 +19,18 @@ constexpr int X_STRIDE = TOKENS + 2, X_WORDS = X_STRIDE / 2;  // elements and wo
 constexpr int MAX_GATHERED = 65536 / X_WORDS;                 // for 16-bit offsets; shared memory ends before
 
 struct Layout : SharedLayout {
-  int order, row_of, router, a, scale, z, x;
+  int order, row_of, row_scale, router, a, scale, z, x;
 
   __host__ __device__ explicit Layout(const AdaptProblem& p) {
     const int d = p.d, k = p.k, r = p.r, s = p.s, kr = k * r;
     order = take(kr * sizeof(int));
     row_of = take(kr * sizeof(uint16_t));
+    row_scale = take(p.row_scale ? kr * sizeof(float) : 0);
     router = take(router_size(p) * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     scale = take(TOKENS * sizeof(float));
     // The warps' shares of a are done with before z is written, the bits of the sort before x is.
-    z = take_larger(WARPS * k * TOKENS * sizeof(float), TOKENS * z_stride(s, r / s) * 2);
+    z = take_larger(WARPS * (k < 2 ? 2 : k) * TOKENS * sizeof(float), TOKENS * z_stride(s, r / s) * 2);
     x = take_larger(sort_bytes(d), static_cast<size_t>(kr) * X_STRIDE * 2);
   }
 };
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const Layout at(p);
   int* const order = reinterpret_cast<int*>(shared + at.order);
   uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
-  float* const router = reinterpret_cast<float*>(shared + at.router);
+  float *const row_scale = reinterpret_cast<float*>(shared + at.row_scale), *const router = reinterpret_cast<float*>(shared + at.router);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
   float* const shares = reinterpret_cast<float*>(shared + at.z);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x), [&](int rank, int column, int position) {
     order[rank] = column;
     row_of[position] = static_cast<uint16_t>(rank * X_WORDS);
+    if (p.row_scale) row_scale[rank] = __ldg(p.row_scale + position);
   });
   __syncthreads();
 
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   for (int rank = lane; rank < kr; rank += 32) {
     const int column = order[rank];
     const bool subtract = p.bias && p.bias_in_y0;
-    const float bias = subtract ? load_as_float(p.bias, p.bias_dtype, column) : 0;
+    const float bias = subtract ? load_as_float(p.bias, p.bias_dtype, column) : 0, c = p.row_scale ? row_scale[rank] : 1;
     T v[TOKENS / WARPS];
 #pragma unroll
     for (int i = 0; i < TOKENS / WARPS; ++i) {
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     }
 #pragma unroll
     for (int i = 0; i < TOKENS / WARPS; ++i) {
-      if (subtract) v[i] = from_float<T>(to_float(v[i]) - bias);
+      if (subtract || p.row_scale) v[i] = from_float<T>((to_float(v[i]) - bias) * c);
       x[rank * X_STRIDE + warp + i * WARPS] = v[i];
     }
   }
@@ -117,7 +119,29 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
 
   // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
-  for (int i = 0; i < k && !p.static_router; ++i) {
+  if (p.bounded) {  // of u = sum_i x_i: <T, u> and <u, u>
+    float product = 0, square = 0;
+    for (int b = 8 * warp; b < r; b += 8 * WARPS) {
+      float2 u[4] = {};
+      for (int i = 0; i < k; ++i) {
+        const uint4 rows = *reinterpret_cast<const uint4*>(row_of + i * r + b);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float2 v = x_at(x_lane, word(rows, w));
+          u[w].x += v.x, u[w].y += v.y;
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 t = reinterpret_cast<const float2*>(router + b)[w];
+        product = fmaf(t.y, u[w].y, fmaf(t.x, u[w].x, product));
+        square = fmaf(u[w].y, u[w].y, fmaf(u[w].x, u[w].x, square));
+      }
+    }
+    shares[2 * warp * TOKENS + lane] = product;
+    shares[(2 * warp + 1) * TOKENS + lane] = square;
+  }
+  for (int i = 0; i < k && !p.static_router && !p.bounded; ++i) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : i * r);
     float sum = 0;
     for (int b = 8 * warp; b < r; b += 8 * WARPS) {
@@ -135,7 +159,14 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const int kept = p.x_clusters * r;
   if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kept, x_lane, row_of, kept, kr, tokens);
   __syncthreads();
-  for (int i = warp; i < k; i += WARPS) {
+  if (p.bounded && warp == 0) {
+    float product = 0, square = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) product += shares[2 * w * TOKENS + lane], square += shares[(2 * w + 1) * TOKENS + lane];
+    const float weight = 1 + Weight(product, square, r).tanh;
+    for (int i = 0; i < k; ++i) a[i * TOKENS + lane] = weight;
+  }
+  for (int i = warp; i < k && !p.bounded; i += WARPS) {
     float sum = 0;
     if (p.static_router)
       sum = router[p.router_rows == 1 ? 0 : i];

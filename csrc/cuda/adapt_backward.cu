@@ -8,7 +8,7 @@
 //   2. dz       dy goes from global memory to the registers where mma wants it (as B does in tensor.cuh); B comes through
 //               a ring in shared memory, read transposed. Warps share out the row tiles and, if there are fewer than
 //               warps, the columns;
-//   3. da, dT   in float32;
+//   3. da, dT   in float32; of a bounded router dz becomes what every x_i gets (problems.h);
 //   4. dy0      dy, found again in L2 from its last columns to its first, passes through tiles of 64 columns whose rows
 //               have an odd number of words; a tile's share of the sorted columns is added, then whole rows are written.
 #include "backward.h"
@@ -28,16 +28,18 @@ __host__ __device__ constexpr int x_stride(int kr) { return (kr / 8 | 1) * 8; }
 __host__ __device__ constexpr int B_stride(int q) { return (q / 8 | 1) * 8; }
 
 struct Layout : SharedLayout {
-  int order, before, router, dT, a, da, x, ring;
+  int order, row_scale, before, router, dT, a, da, weight, x, ring;
 
   __host__ __device__ explicit Layout(const AdaptBackwardProblem& p) {
     const int d = p.d, k = p.x_clusters, r = p.r, s = p.s, kr = k * r;
     order = take(p.k * r * sizeof(int2));
+    row_scale = take(p.row_scale ? p.k * r * sizeof(float) : 0);
     before = take((sort_words(d) + 1) * sizeof(uint32_t));
     router = take(router_size(p) * sizeof(float));
     dT = take(kr * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     da = take(k * TOKENS * sizeof(float));
+    weight = take(p.bounded ? TOKENS * sizeof(Weight) : 0);
     // The tiles of dy come when x is done with; the warps' shares of a and da and the sort use the ring when B is not in it.
     x = take_larger(static_cast<size_t>(TOKENS) * x_stride(kr) * 2, static_cast<size_t>(WARPS) * TOKENS * TILE_STRIDE * 2);
     const size_t B = static_cast<size_t>(STAGES) * STAGE * B_stride(r / s) * 2, sort = sort_bytes(d);
@@ -97,6 +99,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   uint32_t* const before = reinterpret_cast<uint32_t*>(shared + at.before);
   float *const router = reinterpret_cast<float*>(shared + at.router), *const dT = reinterpret_cast<float*>(shared + at.dT);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const da = reinterpret_cast<float*>(shared + at.da);
+  float* const row_scale = reinterpret_cast<float*>(shared + at.row_scale);
+  Weight* const weight = reinterpret_cast<Weight*>(shared + at.weight);
   T *const x = reinterpret_cast<T*>(shared + at.x), *const ring = reinterpret_cast<T*>(shared + at.ring);
   float *const dz = reinterpret_cast<float*>(ring), *const shares = dz + r * DZ_STRIDE;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(ring);
   sort_columns(p.index, p.k * r, d, scratch, [&](int rank, int column, int position) {
     order[rank] = make_int2(column, (k == 1 ? 0 : position / r << 16) | position % r);
+    if (p.row_scale) row_scale[rank] = __ldg(p.row_scale + position);
   });
   for (int w = threadIdx.x; w <= sort_words(d); w += THREADS) before[w] = scratch[w];
   __syncthreads();
@@ -136,6 +141,23 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
         }
         return sum;
       });
+    if (p.bounded) {  // x is u, a is <T, u>
+      sum_over_positions<T>(da, shares, 1, r, [&](int, int b, float sum) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x_lane + b);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float2 u = unpack<T>(word(v, w));
+          sum = fmaf(u.y, u.y, fmaf(u.x, u.x, sum));
+        }
+        return sum;
+      });
+      if (warp == 0) {
+        const Weight own(a[lane], da[lane], r);
+        weight[lane] = own;
+        a[lane] = 1 + own.tanh;
+      }
+      __syncthreads();
+    }
     float unscale = 1;
     if constexpr (std::is_same_v<T, __half>) {  // |z| <= sum_i |a_i| 65504: above 1, keep z within float16
       float size = 0;
@@ -241,6 +263,21 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       return sum;
     });
+    if (p.bounded) {  // dz becomes what every x_i gets; P, of which dT is the sum with u, takes the place of da
+      const WeightGradient gradient(weight[lane], da[lane], r);
+      __syncthreads();
+      if (warp == 0) da[lane] = gradient.P;
+      for (int b = 8 * warp; b < r; b += 8 * WARPS) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x_lane + b);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const float2 u = unpack<T>(word(v, e / 2));
+          float& dx = dz[(b + e) * DZ_STRIDE + lane];
+          dx = fmaf(a[lane], dx, fmaf(gradient.P, router[b + e], gradient.Q * (e % 2 ? u.y : u.x)));
+        }
+      }
+      __syncthreads();
+    }
     for (int i = warp; i < k && p.static_router; i += WARPS) {
       float sum = da[i * TOKENS + lane];
 #pragma unroll
@@ -286,8 +323,10 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
         const int2 entry = order[rank];
         const int i = entry.y >> 16, position = entry.y & 0xffff;
         T* const to = row + entry.x;
-        float dx = a[i * TOKENS + lane] * dz[position * DZ_STRIDE + lane];
-        if (!p.static_router) dx = fmaf(da[i * TOKENS + lane], router[(p.router_rows == 1 ? 0 : i * r) + position], dx);
+        float dx = dz[position * DZ_STRIDE + lane];
+        if (!p.bounded) dx *= a[i * TOKENS + lane];
+        if (!p.static_router && !p.bounded) dx = fmaf(da[i * TOKENS + lane], router[(p.router_rows == 1 ? 0 : i * r) + position], dx);
+        if (p.row_scale) dx *= row_scale[rank];
         *to = from_float<T>(to_float(*to) + dx);
       }
       __syncwarp();

@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
     const int2 entry = tokens > UNSORTED ? order[i] : make_int2(p.index[i], i);
     const bool subtract = p.bias && p.bias_in_y0;
     const float bias = subtract ? load_as_float(p.bias, p.bias_dtype, entry.x) : 0;
+    const float c = p.row_scale ? __ldg(p.row_scale + entry.y) : 1;
 #pragma unroll 4
     for (int n = 0; n < tokens; ++n) {
       const T v = y0[n * p.y0_stride + entry.x];
-      x[n * kr + entry.y] = subtract ? from_float<T>(to_float(v) - bias) : v;
+      x[n * kr + entry.y] = subtract || p.row_scale ? from_float<T>((to_float(v) - bias) * c) : v;
     }
   }
   __syncthreads();
@@ -87,7 +88,27 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   // a_i: a warp for each token and cluster
   if (p.static_router)
     for (int pair = threadIdx.x; pair < tokens * k; pair += THREADS) a[pair] = router[p.router_rows == 1 ? 0 : pair % k];
-  for (int pair = warp; pair < tokens * k && !p.static_router; pair += WARPS) {
+  for (int n = warp; n < tokens && p.bounded; n += WARPS) {  // a warp for each token
+    float product = 0, square = 0;
+    for (int i = lane; i < r / 2; i += 32) {
+      float2 u = make_float2(0, 0);
+      for (int c = 0; c < k; ++c) {
+        const float2 v = unpack<T>(reinterpret_cast<const uint32_t*>(x + n * kr + c * r)[i]);
+        u.x += v.x, u.y += v.y;
+      }
+      const float2 t = reinterpret_cast<const float2*>(router)[i];
+      product = fmaf(t.y, u.y, fmaf(t.x, u.x, product));
+      square = fmaf(u.y, u.y, fmaf(u.x, u.x, square));
+    }
+#pragma unroll
+    for (int o = 16; o; o /= 2) {
+      product += __shfl_xor_sync(~0u, product, o);
+      square += __shfl_xor_sync(~0u, square, o);
+    }
+    const float weight = 1 + Weight(product, square, r).tanh;
+    for (int c = lane; c < k; c += 32) a[n * k + c] = weight;
+  }
+  for (int pair = warp; pair < tokens * k && !p.static_router && !p.bounded; pair += WARPS) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : pair % k * r);
     const uint32_t* const x_i = reinterpret_cast<const uint32_t*>(x + pair * r);
     float sum = 0;

@@ -1,4 +1,4 @@
-// x_i = (y0 - bias)[index_i]: a warp copies 128 of a token's k r columns.
+// x_ij = c_ij (y0 - bias)[index_ij]: a warp copies 128 of a token's k r columns.
 #include "plain.cuh"
 
 namespace idlora::cuda {
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS) cluster_gather_kernel(const GatherPro
       [&](int e) {
         const int column = __ldg(index + e);
         const T v = __ldg(y0 + column);
-        return p.bias ? from_float<T>(to_float(v) - load_as_float(p.bias, p.bias_dtype, column)) : v;
+        return moved(p, v, p.bias != nullptr, column, first + e);
       },
       [&](int e, T v) { x[e] = v; });
 }

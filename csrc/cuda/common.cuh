@@ -50,6 +50,26 @@ auto with_type(Dtype dtype, F&& f) {
   }
 }
 
+// A bounded router's weight 1 + tanh(t) for u, from <T, u> and <u, u>, and what its gradient needs.
+struct Weight {
+  float inverse, t, tanh;  // 1 / rms(u), 4 <T, u> / rms(u)
+
+  __device__ __forceinline__ Weight(float product, float square, int64_t r)
+      : inverse(1 / sqrtf(square / static_cast<float>(r) + TINY_SQUARE)), t(ROUTER_GAIN * inverse * product),
+        tanh(tanhf(t)) {}
+};
+
+// What an x_i gets, a dz + P T + Q u, from that and dt = <dz, u> (1 - tanh^2).
+struct WeightGradient {
+  float P, Q;
+
+  __device__ __forceinline__ WeightGradient(const Weight& w, float dz_u, int64_t r) {
+    const float dt = dz_u * (1 - w.tanh) * (1 + w.tanh);
+    P = ROUTER_GAIN * dt * w.inverse;
+    Q = -dt * w.t * w.inverse * w.inverse / static_cast<float>(r);
+  }
+};
+
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // Launches with as much dynamic shared memory as asked for; null, or what went wrong.

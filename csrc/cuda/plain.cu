@@ -65,9 +65,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       const T* const row_of_y0 = y0 + (first_token + t) * p.y0_stride;
       auto gather = [&](int e) {
         const int column = __ldg(p.index + e);
-        const T v = __ldg(row_of_y0 + column);
-        if (!p.bias || !p.bias_in_y0) return v;
-        return from_float<T>(to_float(v) - load_as_float(p.bias, p.bias_dtype, column));
+        return moved(p, __ldg(row_of_y0 + column), p.bias && p.bias_in_y0, column, e);
       };
       // Of the blocks that see a token, the one with its first part and the first columns writes x.
       T* const x = write_x && p.x && t * s >= first_part

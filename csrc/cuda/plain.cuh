@@ -33,6 +33,16 @@ __device__ __forceinline__ void copy(int count, From&& from, To&& to) {
   }
 }
 
+// c (y0 - bias) of a gathered y0: entry e of [k r], from `column`.
+template <class T, class Problem>
+__device__ __forceinline__ T moved(const Problem& p, T y0, bool subtract, int column, int e) {
+  if (!subtract && !p.row_scale) return y0;
+  float v = to_float(y0);
+  if (subtract) v -= load_as_float(p.bias, p.bias_dtype, column);
+  if (p.row_scale) v *= __ldg(p.row_scale + e);
+  return from_float<T>(v);
+}
+
 // Calls f with the data of a parameter under its type, which is T or float32.
 template <class T, class F>
 __device__ __forceinline__ void typed(const void* data, Dtype dtype, F&& f) {
@@ -56,16 +66,45 @@ __device__ __forceinline__ float constant(const Problem& p, int i) {
   return a;
 }
 
+// A bounded router's weight for u, and <dz, u>, by one warp.
+template <class T, class Problem, class U, class DZ>
+__device__ __forceinline__ Weight weigh(const Problem& p, U&& u, DZ&& dz, float& dz_u) {
+  const int r = p.r;
+  float product = 0, square = 0;
+  dz_u = 0;
+  with_router<T>(p, 0, [&](auto router) {
+    for (int e = lane(); e < r; e += 32) {
+      const float v = u(e);
+      product = fmaf(to_float(__ldg(router + e)), v, product);
+      square = fmaf(v, v, square);
+      dz_u = fmaf(dz(e), v, dz_u);
+    }
+  });
+  dz_u = warp_sum(dz_u);
+  return Weight(warp_sum(product), warp_sum(square), r);
+}
+
 // z = sum_i a_i x_i, a_i = <T_i, x_i>, by one warp. x(e) is entry e of the token's [k r]; put(e, value, first) sets z_e
 // to `value`, or adds to it what clusters beyond the first 32 give; always the same thread for an e. Lane l keeps a_l.
 template <class T, class Problem, class X, class Put>
 __device__ __forceinline__ void route(const Problem& p, int k, X&& x, Put&& put) {
   const int r = p.r;
+  float weight = 0;
+  if (p.bounded) {
+    auto sum = [&](int e) {
+      float u = 0;
+#pragma unroll 1
+      for (int i = 0; i < k; ++i) u += x(i * r + e);
+      return u;
+    };
+    float none;
+    weight = 1 + weigh<T>(p, sum, [](int) { return 0.0f; }, none).tanh;
+  }
   for (int first = 0; first < k; first += 32) {
     const int count = min(32, k - first);
-    float own = 0;
+    float own = weight;
     if (p.static_router && lane() < count) own = constant<T>(p, first + lane());
-    for (int i = 0; i < count && !p.static_router; ++i) {
+    for (int i = 0; i < count && !p.static_router && !p.bounded; ++i) {
       float a = 0;
       with_router<T>(p, first + i, [&](auto T_i) {
 #pragma unroll 4

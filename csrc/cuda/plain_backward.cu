@@ -140,11 +140,29 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
     __syncwarp();  // dy0 is copied before others add to it
     auto add = [&](int i, auto&& dx) {
       const int32_t* const index = p.index + i * r;
+      const float* const scale = p.row_scale ? p.row_scale + i * r : nullptr;
+      auto scaled = [&](int e) { return scale ? __ldg(scale + e) * dx(e) : dx(e); };
       copy<4>(
-          r, [&](int e) { return from_float<T>(to_float(__ldg(dy + __ldg(index + e))) + dx(e)); },
+          r, [&](int e) { return from_float<T>(to_float(__ldg(dy + __ldg(index + e))) + scaled(e)); },
           [&](int e, T v) { dy0[__ldg(index + e)] = v; });
     };
     float a = 0;
+    if (p.bounded) {  // k = 1: x is u, and all clusters get the same
+      const T* const u = x_first + static_cast<int64_t>(t) * r;
+      float dz_u;
+      const Weight weight = weigh<T>(
+          p, [&](int e) { return to_float(__ldg(u + e)); }, [&](int e) { return dz[e]; }, dz_u);
+      const WeightGradient gradient(weight, dz_u, r);
+      a = 1 + weight.tanh;
+      with_router<T>(p, 0, [&](auto router) {
+        for (int e = lane(); e < r; e += 32)
+          dz[e] = fmaf(a, dz[e], fmaf(gradient.P, to_float(__ldg(router + e)), gradient.Q * to_float(__ldg(u + e))));
+      });
+      __syncwarp();
+      if (lane() == 0) da_first[t] = gradient.P;
+      for (int i = 0; i < p.k; ++i) add(i, [&](int e) { return dz[e]; });
+      continue;
+    }
     for (int i = 0; i < p.k; ++i) {
       const T* const x = x_first + static_cast<int64_t>(t) * k * r + i * r;
       float da = 0;

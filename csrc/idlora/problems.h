@@ -5,6 +5,12 @@
 //
 // A static router is the a_i themselves, constants: router_rows of them. With one for all clusters (router_rows = 1) the
 // gradients need of x no more than its sum over the clusters, so this is what is kept: x_clusters = 1 instead of k.
+// So does a bounded router (router_rows = 1), which gives all clusters one weight a token, of u = sum_i x_i:
+//   a = 1 + tanh(t), t = 4 <T, u> / rms(u);  z = a u
+//   dt = <dz, u> (1 - tanh(t)^2);  every x_i gets a dz + P T + Q u, dT = sum_n P u,
+//   P = 4 dt / rms(u), Q = -dt t / (r rms(u)^2)
+//
+// row_scale, [k, r] or null: c of x_ij = c_ij (y0 - bias)[index_ij].
 #pragma once
 
 #include <cstddef>
@@ -21,13 +27,17 @@ enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 //   decode    tensor cores, tiles of 16 tokens spread over column slices (N <= 64)
 enum class Variant : int32_t { automatic = 0, plain = 1, prefill = 2, decode = 3 };
 
-// x_i = (y0 - bias)[index_i]
+// The factor 4, and what the mean square of u is above: see idlora_ext/bounded_router.py.
+constexpr float ROUTER_GAIN = 4, TINY_SQUARE = 1e-12f;
+
+// x_ij = c_ij (y0 - bias)[index_ij]
 struct GatherProblem {
   int64_t N, d, k, r;
   int64_t y0_stride;     // between rows
   const void* y0;        // [N, d]   dtype
   const int32_t* index;  // [k, r]   distinct entries in [0, d)
   const void* bias;      // [d]      bias_dtype, or null
+  const float* row_scale;
   void* x;               // [N, k, r] dtype
   Dtype dtype, bias_dtype;
 };
@@ -40,7 +50,7 @@ struct RbScaleProblem {
   const void* router;   // [router_rows, r] router_dtype; static: [router_rows]
   float* z;             // [N, r]
   Dtype dtype, router_dtype;
-  int32_t static_router;
+  int32_t static_router, bounded;
 };
 
 // y = y0 + bias + scaling * concat_j(z^(j) B^T), j = 1..s
@@ -68,11 +78,12 @@ struct AdaptProblem {
   const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   const void* bias;      // [d]       bias_dtype, or null
+  const float* row_scale;
   void* y;               // [N, d]    dtype
   void* x;               // [N, x_clusters, r] dtype, or null: not kept
   float scaling;
   Dtype dtype, router_dtype, B_dtype, bias_dtype;
-  int32_t static_router, bias_in_y0;
+  int32_t static_router, bias_in_y0, bounded;
   Variant variant;
 };
 
@@ -88,13 +99,14 @@ struct AdaptBackwardProblem {
   const int32_t* index;  // [k, r]
   const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
   const void* B;         // [ds, q]   B_dtype
+  const float* row_scale;
   void* dy0;             // [N, d]    dtype
   void* drouter;         // as router
   void* dB;              // [ds, q]   B_dtype
   void* workspace;       // adapt_backward_workspace() bytes, 16-byte aligned, not initialised
   float scaling;
   Dtype dtype, router_dtype, B_dtype;
-  int32_t static_router;
+  int32_t static_router, bounded;
   Variant variant;
 };
 
@@ -117,4 +129,5 @@ Variant choose(const AdaptProblem& p);
 Variant choose(const AdaptBackwardProblem& p);
 
 }  // namespace cuda
+
 }  // namespace idlora

@@ -53,6 +53,8 @@ class Case:
     bias: str  # "none", "added" or "inside"
     shared: bool  # one router for all clusters
     static: bool = False
+    bounded: bool = False
+    scaled: bool = False  # rows by c_ij
     keep_x: bool = False
     outlier: bool = False  # activations of 300: z, quadratic in them, leaves the range of float16
 
@@ -61,7 +63,7 @@ class Case:
         words += [f"{self.parameters}-parameters"] if self.parameters != self.dtype else []
         words += [f"bias-{self.bias}"] if self.bias != "none" else []
         words += ["shared"] if self.shared else []
-        words += ["static"] if self.static else []
+        words += [form for form in ("static", "bounded", "scaled") if getattr(self, form)]
         words += ["keep-x"] if self.keep_x else []
         words += ["outlier"] if self.outlier else []
         return "-".join(words)
@@ -87,8 +89,8 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
     x = normal(N, k, r, dtype=case.dtype)
     if case.static:
         router = 1 + 0.5 * normal(len(router), dtype=case.parameters)
-    if case.static and case.shared and case.op == "adapt_backward":
-        x = x.sum(1)
+    if case.bounded or (case.static and case.shared):
+        x = x.sum(1) if case.op == "adapt_backward" else x
     if case.outlier:
         y0, x = y0 + 300, x + 300
         router, B = router.abs() * (200 if case.static else 1), B * 1e-5
@@ -96,9 +98,10 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
         _rows(y0, case.rows),
         _rows(normal(N, d, dtype=case.dtype, scale=1e-3 if case.outlier else 1.0), case.rows),
     )
+    row_scale = 0.5 + torch.rand(k, r, generator=generator) if case.scaled else None
     return {
-        "cluster_gather": {"y0": y0, "index": index, "bias": bias},
-        "rb_scale": {"x": x, "router": router},
+        "cluster_gather": {"y0": y0, "index": index, "bias": bias, "row_scale": row_scale},
+        "rb_scale": {"x": x, "router": router, "bounded": case.bounded},
         "shared_gemm": {
             "y0": y0,
             "z": normal(N, r, dtype="float32"),
@@ -114,8 +117,19 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
             "bias": bias,
             "scaling": SCALING,
             "bias_in_y0": case.bias == "inside",
+            "row_scale": row_scale,
+            "bounded": case.bounded,
         },
-        "adapt_backward": {"dy": dy, "x": x, "index": index, "router": router, "B": B, "scaling": SCALING},
+        "adapt_backward": {
+            "dy": dy,
+            "x": x,
+            "index": index,
+            "router": router,
+            "B": B,
+            "scaling": SCALING,
+            "row_scale": row_scale,
+            "bounded": case.bounded,
+        },
     }[case.op]
 
 
@@ -182,5 +196,21 @@ def _static(cases: list[Case]) -> Iterator[Case]:
             yield replace(case, static=True, shared=choose((True, False)))
 
 
+def _forms(cases: list[Case]) -> Iterator[Case]:
+    """A part of the cases with a bounded router, scaled rows or both, every variant among them."""
+    choose = random.Random(2).choice
+    for case in cases:
+        if case.op == "shared_gemm" or case.outlier:
+            continue
+        if case.N == MANY:
+            yield replace(case, bounded=True, shared=True, scaled=True)
+        elif choose((True, False)) if case.shape in REFERENCE else choose((True, False, False, False, False, False)):
+            bounded = case.op in ROUTED and (case.op == "rb_scale" or choose((True, True, False)))
+            scaled = case.op != "rb_scale" and (not bounded or choose((True, False)))
+            form = choose(("linear", "static")) if case.op in ROUTED else ""
+            static = form == "static" and not bounded
+            yield replace(case, bounded=bounded, scaled=scaled, static=static, shared=bounded or case.shared)
+
+
 CASES = list(dict.fromkeys(_cases()))
-CASES += dict.fromkeys(_static(CASES))
+CASES += [*dict.fromkeys(_static(CASES)), *dict.fromkeys(_forms(CASES))]
