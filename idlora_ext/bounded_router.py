@@ -12,7 +12,7 @@ from .fakes import accumulate
 
 # How fast a moves beside B at one learning rate; by experiment at r = 32, as the form is. Kernels have it too.
 GAIN = 4.0
-_TINY = 1e-12  # below the square of any activation that counts: u = 0 has t = 0
+_TINY = 1e-24  # below the square of any activation that counts: u = 0 has t = 0
 
 
 def weight(u: Tensor, router: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 enum class Variant : int32_t { automatic = 0, plain = 1, prefill = 2, decode = 3 };
 
 // The factor 4, and what the mean square of u is above: see idlora_ext/bounded_router.py.
-constexpr float ROUTER_GAIN = 4, TINY_SQUARE = 1e-12f;
+constexpr float ROUTER_GAIN = 4, TINY_SQUARE = 1e-24f;
 
 // x_ij = c_ij (y0 - bias)[index_ij]
 struct GatherProblem {
