@@ -306,6 +306,25 @@ def _replace(args, position, value):
     return [value if i == position else a for i, a in enumerate(args)]
 
 
+def test_wrong_options_are_named():
+    y0, index, router, B, _ = problem((24, 3, 4, 2), requires_grad=False)
+    c = torch.ones(3, 4)
+    for op, args in (("adapt", (y0, index, router, B)), ("cluster_gather", (y0, index))):
+        for wrong, error, words in (
+            (c[:2], ValueError, r"row_scale must be \[k, r\] = \[3, 4\], got shape \[2, 4\]"),
+            (c.double(), TypeError, "row_scale must be float32, got float64"),
+        ):
+            with pytest.raises(error, match=f"{op}: {words}"):
+                getattr(ops, op)(*args, row_scale=wrong)
+    for call in (
+        lambda T: ops.adapt(y0, index, T, B, bounded=True),
+        lambda T: ops.rb_scale(y0[:, index.long()], T, True),
+    ):
+        for wrong in (router, router[0]):
+            with pytest.raises(ValueError, match=r"router must be \[1, r\] = \[1, 4\], as a bounded one is, got shape"):
+                call(wrong)
+
+
 @pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])
 @pytest.mark.parametrize(
     ("position", "change", "error", "words"),

@@ -19,7 +19,7 @@ SEEDS = (0, 1, 2)
 QUALITY_TASKS = ("math", "sarcasm", "mixture")
 TELLING = (
     "lora-r8", "miss-r8", "idlora-r32-centered", "idlora-r32", "lora-r4", "idlora-r32-bounded",
-    "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
+    "idlora-r32-pivoted", "idlora-r32-static", "lora-r32", "miss-r32", "idlora-r128-centered",
 )  # fmt: skip
 # What is named twice, as that with r=32, is one experiment. All differ from ABLATED.
 ABLATED = "idlora-r32-centered"
@@ -109,7 +109,7 @@ def quality_tasks(base: Experiment) -> tuple[str, ...]:
 
 def telling(base: Experiment) -> tuple[str, ...]:
     """The most telling methods; r=128 does not fit a small encoder, nor then what it is compared with."""
-    return TELLING if base.task in QUALITY_TASKS else TELLING[:7]
+    return TELLING if base.task in QUALITY_TASKS else TELLING[:8]
 
 
 def loss_after(result: dict[str, Any]) -> float:
