@@ -304,7 +304,7 @@ def test_the_paper_stays_one_argument_away():
         IdLoraConfig(preset="best")
     with pytest.raises(ValueError, match="row_scale must be True or False, got 'median'"):
         IdLoraConfig(row_scale="median")
-    with pytest.raises(ValueError, match="shared_router must be True with router='bounded', .* got False"):
+    with pytest.raises(ValueError, match=r"shared_router must be True with router='bounded', .* got False"):
         IdLoraConfig(router="bounded", shared_router=False)
     model = idlora_ext.apply(tiny_llama(), preset="paper", r=8, num_clusters=2)
     assert {layer.idlora_router["default"].shape for layer in layers_of(model).values()} == {(1, 8)}
