@@ -45,7 +45,18 @@ from .methods import METHODS
 from .run import adapter_bytes, commit, trainable
 
 FROZEN, LORA, PEER, OURS = "none", "lora-r8", "miss-r8", "idlora-r32-centered"
-DEFAULT = (FROZEN, LORA, PEER, OURS, "idlora-r32", "lora-r32", "miss-r32", "idlora-r128-centered", "dora-r8")
+DEFAULT = (
+    FROZEN,
+    LORA,
+    PEER,
+    OURS,
+    "idlora-r32-bounded",
+    "idlora-r32",
+    "lora-r32",
+    "miss-r32",
+    "idlora-r128-centered",
+    "dora-r8",
+)
 NEW_TOKENS = 64
 
 
