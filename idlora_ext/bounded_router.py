@@ -11,7 +11,7 @@ from torch import Tensor
 from .fakes import accumulate
 
 # How fast a moves beside B at one learning rate; by experiment at r = 32, as the form is. Kernels have it too.
-GAIN = 4.0
+_GAIN = 4.0
 _TINY = 1e-24  # below the square of any activation that counts: u = 0 has t = 0
 
 
@@ -46,12 +46,12 @@ def gradients(dz: Tensor, u: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
     dt = (dz * u).sum(-1, keepdim=True) * (1 - tanh.square())
     direction = u * inverse
     du = (1 + tanh) * dz + dt * inverse * (T - t * direction / u.shape[-1])
-    return du, GAIN * dt * direction
+    return du, _GAIN * dt * direction
 
 
 def _parts(u: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``u``, ``4 T [r]``, ``1 / rms(u)`` and ``t``, both ``[..., 1]``, in the accumulation dtype."""
-    u, T = u.to(accumulate(u.dtype)), GAIN * router[0].to(accumulate(u.dtype))
+    u, T = u.to(accumulate(u.dtype)), _GAIN * router[0].to(accumulate(u.dtype))
     inverse = (u.square().mean(-1, keepdim=True) + _TINY).rsqrt()
     # A sum of products and no `@`, which would run in autocast's dtype.
     return u, T, inverse, (u * inverse * T).sum(-1, keepdim=True)

@@ -68,21 +68,25 @@ def test_adapted_linear_layer_is_the_papers_layer():
     torch.testing.assert_close(y, reference.linear(h, W, b, index, router, B, 0.7), rtol=1e-12, atol=1e-12)
 
 
+def fused_and_composed(index, bias, form):
+    """``adapt`` in one operator, and made of the three."""
+    given = options(form, index)
+
+    def fused(y0, router, B, b):
+        return ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given)
+
+    def composed(y0, router, B, b):
+        x = ops.cluster_gather(y0, index, b if bias else None, given["row_scale"])
+        return ops.shared_gemm(y0, ops.rb_scale(x, router, given["bounded"]), B, None if bias else b, 0.7)
+
+    return fused, composed
+
+
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 @every_form
 def test_gradcheck(form, bias, device):
     y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias, device=device)
-    given = options(form, index)
-    c, bounded = given.values()
-
-    def in_parts(y0, router, B, b):
-        x = ops.cluster_gather(y0, index, b if bias else None, c)
-        return ops.shared_gemm(y0, ops.rb_scale(x, router, bounded), B, None if bias else b, 0.7)
-
-    for function in (
-        lambda y0, router, B, b: ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given),
-        in_parts,
-    ):
+    for function in fused_and_composed(index, bias, form):
         assert torch.autograd.gradcheck(function, (y0, router, B, b))
 
 
@@ -302,10 +306,6 @@ def test_zero_B_returns_y0(device):
         assert torch.equal(ops.adapt(y0, index, router, torch.zeros_like(B)), y0)
 
 
-def _replace(args, position, value):
-    return [value if i == position else a for i, a in enumerate(args)]
-
-
 def test_wrong_options_are_named():
     y0, index, router, B, _ = problem((24, 3, 4, 2), requires_grad=False)
     c = torch.ones(3, 4)
@@ -323,6 +323,10 @@ def test_wrong_options_are_named():
         for wrong in (router, router[0]):
             with pytest.raises(ValueError, match=r"router must be \[1, r\] = \[1, 4\], as a bounded one is, got shape"):
                 call(wrong)
+
+
+def _replace(args, position, value):
+    return [value if i == position else a for i, a in enumerate(args)]
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import adapter_tensors, options
-from test_ops import BIASES, every_form, problem
+from test_ops import BIASES, every_form, fused_and_composed, problem
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -13,20 +13,6 @@ import idlora_ext
 from idlora_ext import IdLoraConfig, ops, reference
 
 every_bias = pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-
-
-def fused_and_composed(index, bias, form):
-    """``adapt`` in one operator, and made of the three."""
-    given = options(form, index)
-
-    def fused(y0, router, B, b):
-        return ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given)
-
-    def composed(y0, router, B, b):
-        x = ops.cluster_gather(y0, index, b if bias else None, given["row_scale"])
-        return ops.shared_gemm(y0, ops.rb_scale(x, router, given["bounded"]), B, None if bias else b, 0.7)
-
-    return fused, composed
 
 
 @every_bias
