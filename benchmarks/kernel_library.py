@@ -29,12 +29,13 @@ BUILD = ROOT / "build" / "simulated"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VARIANTS = {"automatic": 0, "plain": 1, "prefill": 2, "decode": 3}
+LINEAR, CONSTANTS, BOUNDED = range(3)  # RouterForm
 
 
 def _structs() -> dict[str, type[ctypes.Structure]]:
     """The structs of csrc/idlora/problems.h, read from there."""
     types = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "float": ctypes.c_float} | dict.fromkeys(
-        ("int32_t", "Dtype", "Variant"), ctypes.c_int32
+        ("int32_t", "Dtype", "RouterForm", "Variant"), ctypes.c_int32
     )
     header = re.sub(r"//.*", "", (ROOT / "csrc" / "idlora" / "problems.h").read_text())
     structs = {}
@@ -204,7 +205,7 @@ class Kernels:
             z = m.empty((x.shape[0], x.shape[2]), torch.float32)
             pointers = (m.put(x), m.put(router), z.data_ptr())
             problem = STRUCTS["RbScaleProblem"](
-                *x.shape, len(router), *pointers, *_codes(x, router), router.ndim == 1, bounded
+                *x.shape, len(router), *pointers, *_codes(x, router), _form(router, bounded)
             )
             self._call("rb_scale", problem)
         return z
@@ -249,7 +250,7 @@ class Kernels:
             sizes = (*y0.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, y0.stride(0))
             inputs = map(m.put, (y0, index, router, B, bias, row_scale))
             pointers = [*inputs, y.data_ptr(), None if x is None else x.data_ptr()]
-            codes = (*_codes(y0, router, B, bias), router.ndim == 1, bias_in_y0, bounded, VARIANTS[variant])
+            codes = (*_codes(y0, router, B, bias), _form(router, bounded), bias_in_y0, VARIANTS[variant])
             self._call("adapt", STRUCTS["AdaptProblem"](*sizes, *pointers, scaling, *codes))
         return y, x
 
@@ -271,7 +272,7 @@ class Kernels:
             x_clusters = math.prod(_kept(index, router, bounded)[:-1])
             sizes = (*dy.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, dy.stride(0))
             pointers = [*map(m.put, (dy, x, index, router, B, row_scale)), *(t.data_ptr() for t in gradients)]
-            codes = (*_codes(dy, router, B), router.ndim == 1, bounded, VARIANTS[variant])
+            codes = (*_codes(dy, router, B), _form(router, bounded), VARIANTS[variant])
             problem = STRUCTS["AdaptBackwardProblem"](*sizes, *pointers, None, scaling, *codes)
             workspace = m.new(self._library.idlora_adapt_backward_workspace(ctypes.byref(problem)))
             problem.workspace = workspace.data_ptr()
@@ -282,6 +283,10 @@ class Kernels:
 def _kept(index: Tensor, router: Tensor, bounded: bool) -> tuple[int, ...]:
     """The last dimensions of the x that is kept: with one weight for all clusters only their sum."""
     return (index.shape[1],) if bounded or router.shape == (1,) else tuple(index.shape)
+
+
+def _form(router: Tensor, bounded: bool) -> int:
+    return BOUNDED if bounded else CONSTANTS if router.ndim == 1 else LINEAR
 
 
 def _codes(activation: Tensor, *others: Tensor | None) -> list[int]:

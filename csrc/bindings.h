@@ -140,12 +140,11 @@ class Check {
   // [k, r], or [1, r] for all clusters, as a bounded one is; static: [k], or [1].
   template <class Problem>
   Check& router(Tensor& t, Problem& p, bool bounded) {
-    p.bounded = bounded;
     if (!require(!bounded || (t.dim() == 2 && t.size(0) == 1))) return *this;
     if (!require((t.dim() == 1 || t.dim() == 2) && (t.size(0) == p.k || t.size(0) == 1))) return *this;
     p.router_rows = t.size(0);
-    p.static_router = t.dim() == 1;
-    return p.static_router ? parameter(t, {p.router_rows}, p.router_dtype)
+    p.router_form = bounded ? RouterForm::bounded : t.dim() == 1 ? RouterForm::constants : RouterForm::linear;
+    return t.dim() == 1 ? parameter(t, {p.router_rows}, p.router_dtype)
                            : parameter(t, {p.router_rows, p.r}, p.router_dtype);
   }
 
@@ -196,7 +195,7 @@ class Check {
 // kept are [r], else [k, r].
 template <class Problem>
 bool keeps_sum(const Problem& p) {
-  return p.bounded || (p.static_router && p.router_rows == 1);
+  return p.router_form == RouterForm::bounded || (p.router_form == RouterForm::constants && p.router_rows == 1);
 }
 
 inline const float* data(const std::optional<Tensor>& row_scale) {

@@ -147,7 +147,7 @@ inline void add_up(const Parallel& parallel, const float* from, int64_t shares, 
 template <class T>
 void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Parallel& parallel) {
   const Router router(p);
-  const int64_t ds = p.d / p.s, q = p.r / p.s, columns = p.static_router ? 1 : p.r;
+  const int64_t ds = p.d / p.s, q = p.r / p.s, columns = router.constants() ? 1 : p.r;
   const int64_t tokens = tokens_per_share(p.N), shares = ceil_div(p.N, tokens);
   const int64_t dT_size = p.router_rows * router.width(), dB_size = dz ? 0 : ds * padded(q);
   const Buffer dT(shares * dT_size), dB(shares * dB_size);

@@ -10,21 +10,22 @@ class Router {
  public:
   template <class Problem>
   explicit Router(const Problem& p)
-      : constants_(p.static_router), bounded_(p.bounded), shared_(p.router_rows == 1), r_(p.r),
-        width_(padded(constants_ ? 1 : p.r)), floats_(p.router_rows * width_) {
-    const int64_t columns = constants_ ? 1 : p.r;
+      : form_(p.router_form), shared_(p.router_rows == 1), r_(p.r), width_(padded(constants() ? 1 : p.r)),
+        floats_(p.router_rows * width_) {
+    const int64_t columns = constants() ? 1 : p.r;
     typed(p.router_dtype, p.router, [&](const auto* T) {
       for (int64_t i = 0; i < p.router_rows; ++i) widen(T + i * columns, columns, floats_ + i * width_);
     });
   }
-  bool constants() const { return constants_; }
-  bool bounded() const { return bounded_; }
+  bool constants() const { return form_ == RouterForm::constants; }
+  bool bounded() const { return form_ == RouterForm::bounded; }
   int64_t r() const { return r_; }
   int64_t width() const { return width_; }
   const float* operator[](int64_t i) const { return floats_ + (shared_ ? 0 : i * width_); }
 
  private:
-  bool constants_, bounded_, shared_;
+  RouterForm form_;
+  bool shared_;
   int64_t r_, width_;
   Buffer floats_;
 };

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
 
   // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
-  if (p.bounded) {  // of u = sum_i x_i: <T, u> and <u, u>
+  if (p.router_form == RouterForm::bounded) {  // of u = sum_i x_i: <T, u> and <u, u>
     float product = 0, square = 0;
     for (int b = 8 * warp; b < r; b += 8 * WARPS) {
       float2 u[4] = {};
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     shares[2 * warp * TOKENS + lane] = product;
     shares[(2 * warp + 1) * TOKENS + lane] = square;
   }
-  for (int i = 0; i < k && !p.static_router && !p.bounded; ++i) {
+  for (int i = 0; i < k && p.router_form == RouterForm::linear; ++i) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : i * r);
     float sum = 0;
     for (int b = 8 * warp; b < r; b += 8 * WARPS) {
@@ -159,16 +159,16 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const int kept = p.x_clusters * r;
   if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kept, x_lane, row_of, kept, kr, tokens);
   __syncthreads();
-  if (p.bounded && warp == 0) {
+  if (p.router_form == RouterForm::bounded && warp == 0) {
     float product = 0, square = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) product += shares[2 * w * TOKENS + lane], square += shares[(2 * w + 1) * TOKENS + lane];
     const float weight = 1 + Weight(product, square, r).tanh;
     for (int i = 0; i < k; ++i) a[i * TOKENS + lane] = weight;
   }
-  for (int i = warp; i < k && !p.bounded; i += WARPS) {
+  for (int i = warp; i < k && p.router_form != RouterForm::bounded; i += WARPS) {
     float sum = 0;
-    if (p.static_router)
+    if (p.router_form == RouterForm::constants)
       sum = router[p.router_rows == 1 ? 0 : i];
     else
 #pragma unroll

@@ -39,7 +39,7 @@ struct Layout : SharedLayout {
     dT = take(kr * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     da = take(k * TOKENS * sizeof(float));
-    weight = take(p.bounded ? TOKENS * sizeof(Weight) : 0);
+    weight = take(p.router_form == RouterForm::bounded ? TOKENS * sizeof(Weight) : 0);
     // The tiles of dy come when x is done with; the warps' shares of a and da and the sort use the ring when B is not in it.
     x = take_larger(static_cast<size_t>(TOKENS) * x_stride(kr) * 2, static_cast<size_t>(WARPS) * TOKENS * TILE_STRIDE * 2);
     const size_t B = static_cast<size_t>(STAGES) * STAGE * B_stride(r / s) * 2, sort = sort_bytes(d);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   });
   for (int w = threadIdx.x; w <= sort_words(d); w += THREADS) before[w] = scratch[w];
   __syncthreads();
-  if (p.static_router)
+  if (p.router_form == RouterForm::constants)
     for (int i = threadIdx.x; i < k * TOKENS; i += THREADS) a[i] = router[i / TOKENS];
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * TOKENS; first < p.N; first += static_cast<int64_t>(gridDim.x) * TOKENS) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    if (!p.static_router)
+    if (p.router_form != RouterForm::constants)
       sum_over_positions<T>(a, shares, k, r, [&](int i, int b, float sum) {
         const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
         const float2* const T_i = reinterpret_cast<const float2*>(router + (p.router_rows == 1 ? 0 : i * r) + b);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
         }
         return sum;
       });
-    if (p.bounded) {  // x is u, a is <T, u>
+    if (p.router_form == RouterForm::bounded) {  // x is u, a is <T, u>
       sum_over_positions<T>(da, shares, 1, r, [&](int, int b, float sum) {
         const uint4 v = *reinterpret_cast<const uint4*>(x_lane + b);
 #pragma unroll
@@ -263,7 +263,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       return sum;
     });
-    if (p.bounded) {  // dz becomes what every x_i gets; P, of which dT is the sum with u, takes the place of da
+    // dz becomes what every x_i gets; P, of which dT is the sum with u, takes the place of da
+    if (p.router_form == RouterForm::bounded) {
       const WeightGradient gradient(weight[lane], da[lane], r);
       __syncthreads();
       if (warp == 0) da[lane] = gradient.P;
@@ -278,13 +279,13 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       __syncthreads();
     }
-    for (int i = warp; i < k && p.static_router; i += WARPS) {
+    for (int i = warp; i < k && p.router_form == RouterForm::constants; i += WARPS) {
       float sum = da[i * TOKENS + lane];
 #pragma unroll
       for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (lane == 0) dT[i] += sum;
     }
-    for (int i = 2 * threadIdx.x; i < kr && !p.static_router; i += 2 * THREADS) {
+    for (int i = 2 * threadIdx.x; i < kr && p.router_form != RouterForm::constants; i += 2 * THREADS) {
       float2 sum = *reinterpret_cast<const float2*>(dT + i);
       const float* const da_i = da + i / r * TOKENS;
 #pragma unroll 8
@@ -324,8 +325,9 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
         const int i = entry.y >> 16, position = entry.y & 0xffff;
         T* const to = row + entry.x;
         float dx = dz[position * DZ_STRIDE + lane];
-        if (!p.bounded) dx *= a[i * TOKENS + lane];
-        if (!p.static_router && !p.bounded) dx = fmaf(da[i * TOKENS + lane], router[(p.router_rows == 1 ? 0 : i * r) + position], dx);
+        if (p.router_form != RouterForm::bounded) dx *= a[i * TOKENS + lane];
+        if (p.router_form == RouterForm::linear)
+          dx = fmaf(da[i * TOKENS + lane], router[(p.router_rows == 1 ? 0 : i * r) + position], dx);
         if (p.row_scale) dx *= row_scale[rank];
         *to = from_float<T>(to_float(*to) + dx);
       }
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     __syncthreads();
   }
 
-  const int entries = router_size(p), sums = p.static_router ? entries : kr;
+  const int entries = router_size(p), sums = p.router_form == RouterForm::constants ? entries : kr;
   float* const out = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.dT) +
                      static_cast<int64_t>(blockIdx.x) * entries;
   for (int i = threadIdx.x; i < entries; i += THREADS) {

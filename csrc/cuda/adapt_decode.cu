@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   }
 
   // a_i: a warp for each token and cluster
-  if (p.static_router)
+  if (p.router_form == RouterForm::constants)
     for (int pair = threadIdx.x; pair < tokens * k; pair += THREADS) a[pair] = router[p.router_rows == 1 ? 0 : pair % k];
-  for (int n = warp; n < tokens && p.bounded; n += WARPS) {  // a warp for each token
+  for (int n = warp; n < tokens && p.router_form == RouterForm::bounded; n += WARPS) {  // a warp for each token
     float product = 0, square = 0;
     for (int i = lane; i < r / 2; i += 32) {
       float2 u = make_float2(0, 0);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
     const float weight = 1 + Weight(product, square, r).tanh;
     for (int c = lane; c < k; c += 32) a[n * k + c] = weight;
   }
-  for (int pair = warp; pair < tokens * k && !p.static_router && !p.bounded; pair += WARPS) {
+  for (int pair = warp; pair < tokens * k && p.router_form == RouterForm::linear; pair += WARPS) {
     const float* const T_i = router + (p.router_rows == 1 ? 0 : pair % k * r);
     const uint32_t* const x_i = reinterpret_cast<const uint32_t*>(x + pair * r);
     float sum = 0;

@@ -94,7 +94,7 @@ const Device& current_device();
 // Entries of the router and of its gradient.
 template <class Problem>
 __host__ __device__ __forceinline__ int router_size(const Problem& p) {
-  return static_cast<int>(p.static_router ? p.router_rows : p.router_rows * p.r);
+  return static_cast<int>(p.router_form == RouterForm::constants ? p.router_rows : p.router_rows * p.r);
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -66,21 +66,18 @@ __device__ __forceinline__ float constant(const Problem& p, int i) {
   return a;
 }
 
-// A bounded router's weight for u, and <dz, u>, by one warp.
-template <class T, class Problem, class U, class DZ>
-__device__ __forceinline__ Weight weigh(const Problem& p, U&& u, DZ&& dz, float& dz_u) {
+// A bounded router's weight for u, by one warp.
+template <class T, class Problem, class U>
+__device__ __forceinline__ Weight weigh(const Problem& p, U&& u) {
   const int r = p.r;
   float product = 0, square = 0;
-  dz_u = 0;
   with_router<T>(p, 0, [&](auto router) {
     for (int e = lane(); e < r; e += 32) {
       const float v = u(e);
       product = fmaf(to_float(__ldg(router + e)), v, product);
       square = fmaf(v, v, square);
-      dz_u = fmaf(dz(e), v, dz_u);
     }
   });
-  dz_u = warp_sum(dz_u);
   return Weight(warp_sum(product), warp_sum(square), r);
 }
 
@@ -90,21 +87,20 @@ template <class T, class Problem, class X, class Put>
 __device__ __forceinline__ void route(const Problem& p, int k, X&& x, Put&& put) {
   const int r = p.r;
   float weight = 0;
-  if (p.bounded) {
+  if (p.router_form == RouterForm::bounded) {
     auto sum = [&](int e) {
       float u = 0;
 #pragma unroll 1
       for (int i = 0; i < k; ++i) u += x(i * r + e);
       return u;
     };
-    float none;
-    weight = 1 + weigh<T>(p, sum, [](int) { return 0.0f; }, none).tanh;
+    weight = 1 + weigh<T>(p, sum).tanh;
   }
   for (int first = 0; first < k; first += 32) {
     const int count = min(32, k - first);
     float own = weight;
-    if (p.static_router && lane() < count) own = constant<T>(p, first + lane());
-    for (int i = 0; i < count && !p.static_router && !p.bounded; ++i) {
+    if (p.router_form == RouterForm::constants && lane() < count) own = constant<T>(p, first + lane());
+    for (int i = 0; i < count && p.router_form == RouterForm::linear; ++i) {
       float a = 0;
       with_router<T>(p, first + i, [&](auto T_i) {
 #pragma unroll 4

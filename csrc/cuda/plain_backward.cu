@@ -147,12 +147,12 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
           [&](int e, T v) { dy0[__ldg(index + e)] = v; });
     };
     float a = 0;
-    if (p.bounded) {  // k = 1: x is u, and all clusters get the same
+    if (p.router_form == RouterForm::bounded) {  // k = 1: x is u, and all clusters get the same
       const T* const u = x_first + static_cast<int64_t>(t) * r;
-      float dz_u;
-      const Weight weight = weigh<T>(
-          p, [&](int e) { return to_float(__ldg(u + e)); }, [&](int e) { return dz[e]; }, dz_u);
-      const WeightGradient gradient(weight, dz_u, r);
+      const Weight weight = weigh<T>(p, [&](int e) { return to_float(__ldg(u + e)); });
+      float dz_u = 0;
+      for (int e = lane(); e < r; e += 32) dz_u = fmaf(dz[e], to_float(__ldg(u + e)), dz_u);
+      const WeightGradient gradient(weight, warp_sum(dz_u), r);
       a = 1 + weight.tanh;
       with_router<T>(p, 0, [&](auto router) {
         for (int e = lane(); e < r; e += 32)
@@ -166,7 +166,7 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
     for (int i = 0; i < p.k; ++i) {
       const T* const x = x_first + static_cast<int64_t>(t) * k * r + i * r;
       float da = 0;
-      if (p.static_router) {
+      if (p.router_form == RouterForm::constants) {
         if (i < k) {
           a = constant<T>(p, i);
 #pragma unroll 4
@@ -196,14 +196,14 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
   float* const dT = plan.dT + first_token / TOKENS * entries;
   for (int e = threadIdx.x; e < entries; e += THREADS) {
     float sum[8] = {};  // of every eighth token, then added in pairs: one long sum loses digits
-    const int first_cluster = p.static_router ? e : e / r;
+    const int first_cluster = p.router_form == RouterForm::constants ? e : e / r;
     for (int i = first_cluster; i < first_cluster + together; ++i)
       for (int first = 0; first < tokens; first += 8)
 #pragma unroll
         for (int u = 0; u < 8; ++u)
           if (const int t = first + u; t < tokens) {
             const T* const x = x_first + (static_cast<int64_t>(t) * k + i) * r;
-            sum[u] = fmaf(da_first[t * k + i], p.static_router ? 1.0f : to_float(x[e % r]), sum[u]);
+            sum[u] = fmaf(da_first[t * k + i], p.router_form == RouterForm::constants ? 1.0f : to_float(x[e % r]), sum[u]);
           }
     dT[e] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
   }

@@ -20,6 +20,9 @@ namespace idlora {
 
 enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 
+// linear a_i = <T_i, x_i>; constants: the router is the a_i themselves; bounded: one weight a token, see above.
+enum class RouterForm : int32_t { linear = 0, constants = 1, bounded = 2 };
+
 // Which kernel runs. `automatic` chooses by shape, alignment and device; the others are for tests and profiling and fail
 // with a message where they cannot serve the problem.
 //   plain     any shape, dtype and architecture: float32 arithmetic, no tensor cores
@@ -47,10 +50,10 @@ struct RbScaleProblem {
   int64_t N, k, r;
   int64_t router_rows;  // k, or 1: one vector, or constant, shared by all clusters
   const void* x;        // [N, k, r] dtype
-  const void* router;   // [router_rows, r] router_dtype; static: [router_rows]
+  const void* router;   // [router_rows, r] router_dtype; constants: [router_rows]
   float* z;             // [N, r]
   Dtype dtype, router_dtype;
-  int32_t static_router, bounded;
+  RouterForm router_form;
 };
 
 // y = y0 + bias + scaling * concat_j(z^(j) B^T), j = 1..s
@@ -75,7 +78,7 @@ struct AdaptProblem {
   int64_t y0_stride;
   const void* y0;        // [N, d]    dtype
   const int32_t* index;  // [k, r]
-  const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
+  const void* router;    // [router_rows, r] router_dtype; constants: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   const void* bias;      // [d]       bias_dtype, or null
   const float* row_scale;
@@ -83,13 +86,14 @@ struct AdaptProblem {
   void* x;               // [N, x_clusters, r] dtype, or null: not kept
   float scaling;
   Dtype dtype, router_dtype, B_dtype, bias_dtype;
-  int32_t static_router, bias_in_y0, bounded;
+  RouterForm router_form;
+  int32_t bias_in_y0;
   Variant variant;
 };
 
 // dz^(j) = scaling B^T dy^(j);  da_i = <dz, x_i>
 // dB = scaling sum_n sum_j dy^(j) z^(j)^T;  dT_i = sum_n da_i x_i;  dy0 = dy, then dy0[index_i] += a_i dz + da_i T_i
-// Static: the gradient of a_i is sum_n da_i, and dy0[index_i] += a_i dz.
+// Constants: the gradient of a_i is sum_n da_i, and dy0[index_i] += a_i dz.
 struct AdaptBackwardProblem {
   int64_t N, d, k, r, s;
   int64_t router_rows, x_clusters;
@@ -97,7 +101,7 @@ struct AdaptBackwardProblem {
   const void* dy;        // [N, d]    dtype
   const void* x;         // [N, x_clusters, r] dtype
   const int32_t* index;  // [k, r]
-  const void* router;    // [router_rows, r] router_dtype; static: [router_rows]
+  const void* router;    // [router_rows, r] router_dtype; constants: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   const float* row_scale;
   void* dy0;             // [N, d]    dtype
@@ -106,7 +110,7 @@ struct AdaptBackwardProblem {
   void* workspace;       // adapt_backward_workspace() bytes, 16-byte aligned, not initialised
   float scaling;
   Dtype dtype, router_dtype, B_dtype;
-  int32_t static_router, bounded;
+  RouterForm router_form;
   Variant variant;
 };
 
