@@ -13,7 +13,7 @@ from modelled import Shape
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from idlora_ext import ops
+from idlora_ext.default_kernels import default_kernels
 
 ROUNDS = 50
 
@@ -29,7 +29,7 @@ def measure(shape: Shape, phase: str) -> dict[str, Any]:
         limit = forward_limit(*shape, 2, 2, 2, training=True)
         runs = {
             "ours": lambda: torch.ops.idlora.adapt(t["y0"], *adapter, save_x=True),
-            "default kernels": lambda: ops._adapt(t["y0"], *adapter, None, 1.0, False, True),
+            "default kernels": lambda: default_kernels["adapt"](t["y0"], *adapter, None, 1.0, False, None, False, True),
         }
     else:
         gradients = torch.ops.idlora.adapt_backward(t["dy"], x, *adapter, 1.0)
@@ -37,7 +37,7 @@ def measure(shape: Shape, phase: str) -> dict[str, Any]:
         limit = backward_limit(*shape, 2, 2, 2)
         runs = {
             "ours": lambda: torch.ops.idlora.adapt_backward(t["dy"], x, *adapter, 1.0),
-            "default kernels": lambda: ops._adapt_backward(t["dy"], x, *adapter, 1.0),
+            "default kernels": lambda: default_kernels["adapt_backward"](t["dy"], x, *adapter, 1.0),
         }
     times = _microseconds(runs | _lora(shape, phase, t))
     times["PEFT LoRA r=32"] = [a - b for a, b in zip(times.pop("lora"), times.pop("frozen"), strict=True)]

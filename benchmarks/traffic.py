@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from idlora_ext import ops, reference
+from idlora_ext import default_kernels as kernels
+from idlora_ext import reference
 
 _aten = torch.ops.aten
 ALLOCATIONS = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
@@ -44,8 +45,8 @@ def default_kernels(N: int, d: int, k: int, r: int, s: int, dtype: torch.dtype) 
     y0, index, router, B = _adapter(N, d, k, r, s, dtype)
     x = y0.new_empty(N, k, r)
     return {
-        "forward": _count(lambda: ops._adapt(y0, index, router, B, None, 1.0, False, True)),
-        "backward": _count(lambda: ops._adapt_backward(y0, x, index, router, B, 1.0)),
+        "forward": _count(lambda: kernels._adapt(y0, index, router, B, None, 1.0, False, None, False, True)),
+        "backward": _count(lambda: kernels._adapt_backward(y0, x, index, router, B, 1.0)),
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import integration
+from .experts import ExpertLinear
 from .integration import ForwardOnlyQuantizationBackend, QuantizationBackend
 
 _CHUNK = 256  # columns of W read through a layer at a time
@@ -36,6 +37,15 @@ def is_linear(layer: nn.Module) -> bool:
     sizes = (getattr(layer, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes) and any(
         isinstance(getattr(layer, name, None), Tensor) for name in ("qweight", "W_q", "codes")
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` is ``h W^T + b`` and nothing else: the very class, unhooked, unparametrised."""
+    return (
+        type(layer) in (nn.Linear, Conv1D, ExpertLinear)
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
     )
 
 

@@ -316,7 +316,7 @@ def select_rows(W: Tensor, num_clusters: int, r: int, *, selection: str = "neare
         seed: of all draws, which are made on the CPU whatever the device of ``W``.
 
     Returns:
-        ``index [k, r]`` int32 on the device of ``W``.
+        ``index [k, r]`` int32 on the device of ``W``, contiguous.
 
     Raises:
         TypeError: ``W`` is no floating-point tensor, or a size no integer.
@@ -345,4 +345,4 @@ def select_rows(W: Tensor, num_clusters: int, r: int, *, selection: str = "neare
     else:
         generator = torch.Generator("cpu").manual_seed(seed)
         index = torch.randperm(len(W), generator=generator, device="cpu")[: k * r].view(k, r)
-    return index.to(W.device, torch.int32)
+    return index.to(W.device, torch.int32).contiguous()  # or every call of an operator would copy it

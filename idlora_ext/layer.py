@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import bounded_router, distributed, integration, ops, profiling
-from .base_weight import base_weight, is_quantised, linear_shape, parameter_dtype, stored
+from .base_weight import base_weight, is_plain, is_quantised, linear_shape, parameter_dtype, stored
 from .clustering import select_rows
 from .config import IdLoraConfig, fit_rank
+from .decoding import infer
 from .experts import ExpertLinear
 from .fakes import accumulate
 from .fingerprint import SIZE as FINGERPRINT_SIZE
@@ -58,6 +59,7 @@ class IdLoraLayer(MergeableLayer):
     on_this_rank_only = False  # the ranks hold different layers (pipeline stages)
     base_layer: nn.Module
     active_adapters: list[str]  # PEFT's property
+    tensors_held: tuple[dict[str, Any], ...] | None = None  # see decoding.py
     mixed_batch: MixedBatch | None = None  # while the rows of a batch have adapters of their own
     padding_mask: Tensor | None = None  # [batch, length], of the call in which a mean is to be taken
 
@@ -176,12 +178,12 @@ class IdLoraLayer(MergeableLayer):
         """
         layer: Any = self._modules["base_layer"]
         if not (args or kwargs) and is_plain(layer):
-            return self._product(layer, h)
+            return self.product(layer, h)
         bias = distributed.local(getattr(self.get_base_layer(), "bias", None))
         y0 = layer(h, *args, **kwargs)
         return y0, _beside(bias, y0), bias is not None
 
-    def _product(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    def product(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor | None, bool]:
         """The same of a plain layer."""
         # Past nn.Module's lookups, which decoding feels in every layer; those of an expert are views, held by no one.
         held = layer._parameters
@@ -300,7 +302,7 @@ class Linear(nn.Module, IdLoraLayer):
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``h [..., d_in]`` to ``[..., d]``, in the base layer's output dtype."""
-        if h.is_cpu and not (torch.is_grad_enabled() or args or kwargs) and (y := self._infer(h)) is not None:
+        if h.is_cpu and not (torch.is_grad_enabled() or args or kwargs) and (y := infer(self, h)) is not None:
             return y
         if self.mixed_batch is not None:
             return self.mixed_batch.forward(self, h, *args, **kwargs)
@@ -314,34 +316,10 @@ class Linear(nn.Module, IdLoraLayer):
         y0, bias, bias_in_y0 = self._base_output(h, *args, **kwargs)
         if torch.is_grad_enabled() and not all(self.centered.values()):  # whether or not train() was called
             self._take_mean(adapters, y0)
-        return self._adapt(adapters, y0, bias, bias_in_y0)
+        return self.adapt(adapters, y0, bias, bias_in_y0)
 
-    def _infer(self, h: Tensor) -> Tensor | None:
-        """``forward`` without gradients on a CPU, written into what the base layer returns; None if that will not do.
-
-        Decoding feels every lookup and every new tensor: what a layer needs has left the caches by the next token.
-        """
-        active = self._active_adapter
-        adapter = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
-        held: Any = self._modules
-        base = held["base_layer"]
-        if (
-            not profiling.eager_without_ranges()
-            or adapter not in held["idlora_B"]._parameters
-            or self.mixed_batch is not None
-            or self._disable_adapters
-            or self.merged_adapters
-            or self.pending
-            or not self._fused(adapter)
-            or not is_plain(base)  # which may keep what it returns
-        ):
-            return None
-        y0, bias, bias_in_y0 = self._product(base, h)
-        if type(y0) is not Tensor or y0.shape[-1] != self.out_features:
-            return self._adapt([adapter], y0, bias, bias_in_y0)
-        return ops.adapt_(y0, *self._arguments(adapter, y0, bias, bias_in_y0))
-
-    def _adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+    def adapt(self, adapters: list[str], y0: Tensor, bias: Tensor | None, bias_in_y0: bool) -> Tensor:
+        """What the layer returns, of what :meth:`_base_output` has returned."""
         adapter = adapters[0]
         with profiling.layer(self.name):
             if len(adapters) > 1 or not self._fused(adapter) or y0.shape[-1] != self.out_features:
@@ -389,12 +367,3 @@ def _beside(bias: Tensor | None, y0: Tensor) -> Tensor | None:
     if bias is None or bias.dtype == y0.dtype or bias.dtype == accumulate(y0.dtype):
         return bias
     return bias.to(y0.dtype)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is ``h W^T + b`` and nothing else: the very class, unhooked, unparametrised."""
-    return (
-        type(layer) in (nn.Linear, Conv1D, ExpertLinear)
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-    )

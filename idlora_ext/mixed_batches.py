@@ -94,7 +94,7 @@ class MixedBatch:
         parts = []
         for name, rows in groups.slices:
             if name in layer.idlora_B:
-                parts.append(layer._adapt([name], y0[rows], bias, bias_in_y0))
+                parts.append(layer.adapt([name], y0[rows], bias, bias_in_y0))
             elif bias is None or bias_in_y0:
                 parts.append(y0[rows])
             else:  # not y0 + bias, which is rounded once more than the base layer's own output

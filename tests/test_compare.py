@@ -11,8 +11,10 @@ import sys
 from dataclasses import replace
 from itertools import pairwise, product
 
+import limits
 import pytest
 import torch
+import traffic
 from compare import __main__ as cli
 from compare import budget, cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
@@ -342,3 +344,10 @@ def test_missing_data_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("IDLORA_COMPARE_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set IDLORA_COMPARE_DATA to the folder that holds it"):
         next(tasks.sarcasm())
+
+
+def test_eager_traffic_lies_between_the_limit_and_the_equations_as_written():
+    sizes = 64, 128, 2, 8, 2
+    ours, written = (count(*sizes, torch.float32) for count in (traffic.default_kernels, traffic.as_written))
+    assert limits.forward_limit(*sizes, 4, 4, 4, training=True) < ours["forward"] < written["forward"]
+    assert limits.backward_limit(*sizes, 4, 4, 4) < ours["backward"] < written["backward"]

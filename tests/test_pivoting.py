@@ -46,6 +46,8 @@ def test_pivots_in_clusters_and_of_the_whole():
         assert rows.tolist() == members[lapack(W[members])[:20]].tolist()
     whole = select_rows(W, 3, 8, selection="pivoted_qr_whole")
     assert whole.T.flatten().tolist() == lapack(W)[:24].tolist()  # dealt out like cards
+    assert whole.is_contiguous()
+    assert index.is_contiguous()
 
 
 def test_a_sketch_spans_as_well_and_follows_the_seed():
