@@ -28,8 +28,8 @@ ADAPTER_OPTIONS = (
     (
         "selection",
         str,
-        "how rows are chosen: nearest to each centroid (default), sequential, random, or by pivoted_qr in each cluster "
-        "or pivoted_qr_whole",
+        "how rows are chosen: pivoted_qr_whole, the pivots of the whole weight (default), pivoted_qr in each cluster, "
+        "nearest to each centroid (the paper's), sequential or random",
     ),
     ("preset", str, "paper: the paper's own method and, unless given, sizes, whatever the defaults are"),
     ("dropout", float, "probability of zeroing entries of z in training (default 0)"),
@@ -43,7 +43,7 @@ ADAPTER_OPTIONS = (
 )
 ADAPTER_SWITCHES = (  # the same, with --no- before their names too
     ("shared_router", "one router vector for all clusters (default) or one for each"),
-    ("row_scale", "give all chosen rows one norm (default: no)"),
+    ("row_scale", "give all chosen rows one norm (default: yes)"),
     ("center", "take out of the products with the rows what all tokens share (default: yes)"),
 )
 

@@ -28,7 +28,7 @@ from .pivoting import pivoted_rows
 
 __all__ = ["SELECTIONS", "KMeansResult", "assign", "constrained_kmeans", "select_rows"]
 
-SELECTIONS = ("nearest", "sequential", "random", "pivoted_qr", "pivoted_qr_whole")
+SELECTIONS = ("pivoted_qr_whole", "pivoted_qr", "nearest", "sequential", "random")
 
 # Elements of W turned into float64 at a time: 8 MiB for the caches of a CPU, 128 MiB to amortise kernel launches.
 _BLOCK_CPU, _BLOCK_OTHER = 1 << 20, 1 << 24

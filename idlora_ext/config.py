@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
 Router = Literal["linear", "bounded", "static"]
-Selection = Literal["nearest", "sequential", "random", "pivoted_qr", "pivoted_qr_whole"]
+Selection = Literal["pivoted_qr_whole", "pivoted_qr", "nearest", "sequential", "random"]
 RankFit = Literal["shrink", "error"]
 BaseMismatch = Literal["error", "warn"]
 Preset = Literal["paper"]
@@ -27,9 +27,10 @@ class IdLoraConfig(PeftConfig):
     """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i a_i x_i``, where the router
     gives ``a_i`` and ``x_i = A_i h`` are products with chosen rows of ``W``; the paper's ``a_i`` is ``<T_i, x_i>``.
 
-    Source: arXiv 2602.20727, §4; sizes and choice of rows are those of the paper's multi-task setting, router and
-    centring what learned best in benchmarks/REPORT.md. A layer of ``d`` outputs gets ``d * r / rank_boost^2`` trainable
-    values for ``B`` and 1 (or ``num_clusters``) for the router, of another form ``r`` (or ``num_clusters * r``).
+    Source: arXiv 2602.20727, §4; sizes are those of the paper's multi-task setting, router, centring and choice of rows
+    what learned best in benchmarks/REPORT.md, of what can be merged. A layer of ``d`` outputs gets
+    ``d * r / rank_boost^2`` trainable values for ``B`` and 1 (or ``num_clusters``) for the router, of another form
+    ``r`` (or ``num_clusters * r``).
 
     Args:
         r: rank: rows per cluster. Must be a multiple of ``rank_boost``.
@@ -42,13 +43,13 @@ class IdLoraConfig(PeftConfig):
             the direction of ``u`` decides, and outlier tokens are not amplified. Needs ``shared_router``.
         shared_router: one vector ``T`` for all clusters, as the paper writes it, instead of one for each; of a static
             router one constant, with which only ``sum_i x_i`` is kept for the backward pass, instead of each ``x_i``.
-        selection: which rows become ``A_i = W[index_i]``: ``"nearest"`` to each centroid (the paper), or its ablations
-            ``"sequential"`` and ``"random"``; ``"pivoted_qr"``: of each cluster ``W_i`` the rows that a column-pivoted
-            QR of ``W_i^T`` picks first, an interpolative decomposition; ``"pivoted_qr_whole"``: the first ``k * r``
-            pivots of ``W^T``, without clusters. See :func:`idlora_ext.clustering.select_rows`.
+        selection: which rows become ``A_i = W[index_i]``: ``"pivoted_qr_whole"``: the first ``k * r`` pivots of a
+            column-pivoted QR of ``W^T``, an interpolative decomposition, dealt out to ``k`` groups; ``"pivoted_qr"``:
+            of each cluster ``W_i`` the first pivots of ``W_i^T``; ``"nearest"`` to each centroid (the paper), or its
+            ablations ``"sequential"`` and ``"random"``. See :func:`idlora_ext.clustering.select_rows`.
         row_scale: ``x_ij = c_ij W[index_ij] h``, ``c_ij`` the median norm of the rows of ``W`` over that of this row:
             rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
-            saved with the adapter.
+            saved with the adapter. False: the paper's.
         center: ``x_i = (y0 - m)[index_i]``, ``m`` the mean of the base output ``y0`` over tokens: what all tokens share
             is taken out of the products. ``m`` is taken from the first forward pass with gradients, or by
             :func:`idlora_ext.calibrate`, and saved with the adapter; tokens that an ``attention_mask [batch, length]``
@@ -88,8 +89,8 @@ class IdLoraConfig(PeftConfig):
     scaling: float = field(default=1.0, metadata={"help": "Factor on the update."})
     router: Router = field(default="static", metadata={"help": "Form of the router."})
     shared_router: bool = field(default=True, metadata={"help": "One router vector for all clusters."})
-    selection: Selection = field(default="nearest", metadata={"help": "How rows are chosen."})
-    row_scale: bool = field(default=False, metadata={"help": "Give all chosen rows one norm."})
+    selection: Selection = field(default="pivoted_qr_whole", metadata={"help": "How rows are chosen."})
+    row_scale: bool = field(default=True, metadata={"help": "Give all chosen rows one norm."})
     center: bool = field(default=True, metadata={"help": "Take out of x what all tokens share."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on z."})
     seed: int = field(default=0, metadata={"help": "Seed of clustering, selection and router start."})

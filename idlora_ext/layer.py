@@ -146,6 +146,16 @@ class IdLoraLayer(MergeableLayer):
             start_router(self.idlora_router[adapter_name], weight, index, seed, scale)
         self.pending.discard(adapter_name)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device of ``W``. PEFT's own would also round what is float32 beside a bfloat16 ``W``."""
+        device = device or stored(self.get_base_layer()).device
+        for parameters in (self.idlora_router, self.idlora_B):
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+        for buffers in (self.idlora_index, self.idlora_fingerprint, self.idlora_row_scale, self.idlora_mean):
+            if adapter_name in buffers and not buffers[adapter_name].is_meta:
+                buffers[adapter_name] = buffers[adapter_name].to(device)
+
     def _take_fingerprint(self, adapter_name: str, weight: Tensor) -> None:
         base = self.get_base_layer()
         dtype = torch.uint8 if is_quantised(base, self.quantization_backend) else stored(base).dtype

@@ -134,8 +134,8 @@ def _with_biases(model: nn.Module, scale: float = 0.5) -> nn.Module:
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "qwen2": tiny_qwen2}
-# Fits every layer of the models above; and of the forms the one with most in it.
-FIELDS = {"r": 8, "num_clusters": 2, "router": "linear", "center": False}
+# Fits every layer of the models above; the paper's equations, as they stand.
+FIELDS = {"r": 8, "num_clusters": 2, "router": "linear", "selection": "nearest", "row_scale": False, "center": False}
 
 
 def inputs(batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, Tensor]:

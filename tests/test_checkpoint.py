@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, fields_for, logits, randomize_adapter, state_of, tiny_bert, tiny_llama
+from conftest import FIELDS, MODELS, fields_for, inputs, logits, randomize_adapter, state_of, tiny_bert, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -147,11 +147,19 @@ def test_plain_modules_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_float32_adapters_of_bfloat16_models_stay_float32(loader, tmp_path):
-    model = randomize_adapter(idlora_ext.apply(tiny_llama().bfloat16(), **FIELDS))
-    model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / WEIGHTS)[LAYER + "idlora_B"].dtype == torch.float32
-    assert torch.equal(logits(LOADERS[loader](tiny_llama().bfloat16(), tmp_path)), logits(model))
+def test_float32_adapters_of_bfloat16_models_keep_every_digit(loader, tmp_path):
+    model = idlora_ext.apply(tiny_llama().bfloat16(), **FIELDS | {"row_scale": True, "center": True})
+    idlora_ext.calibrate(model, [inputs()], progress=False)
+    randomize_adapter(model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)
+    assert saved[LAYER + "idlora_B"].dtype == saved[LAYER + "idlora_mean"].dtype == torch.float32
+    loaded = LOADERS[loader](tiny_llama().bfloat16(), tmp_path)
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in loaded.state_dict().items()}
+    for name, tensor in saved.items():
+        there = tensors[name.removeprefix("base_model.model.") + ".default"]
+        assert there.dtype == tensor.dtype, name
+        assert torch.equal(there, tensor), name
+    assert torch.equal(logits(loaded), logits(model))
 
 
 # ---- what must not get in ----

@@ -344,7 +344,7 @@ ERRORS = {
     "selection": (
         lambda: select_rows(W, 1, 1, selection="best"),
         ValueError,
-        "select_rows: selection must be one of nearest, sequential, random, pivoted_qr, pivoted_qr_whole, got 'best'",
+        "select_rows: selection must be one of pivoted_qr_whole, pivoted_qr, nearest, sequential, random, got 'best'",
     ),
     "init shape": (lambda: constrained_kmeans(W, 4, 5, init=W[:3]), ValueError, "init must be finite and [4, 6], got"),
     "init nan": (lambda: constrained_kmeans(W, 4, 5, init=BAD[5:9]), ValueError, "init must be finite"),

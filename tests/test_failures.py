@@ -136,7 +136,7 @@ def test_wrong_arguments_of_apply():
         ({"num_clusters": 1.5}, "num_clusters must be an integer"),
         (
             {"selection": "best"},
-            "selection must be one of nearest, sequential, random, pivoted_qr, pivoted_qr_whole, got 'best'",
+            "selection must be one of pivoted_qr_whole, pivoted_qr, nearest, sequential, random, got 'best'",
         ),
         ({"router": "square"}, "router must be one of linear"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),

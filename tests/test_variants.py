@@ -28,6 +28,7 @@ import idlora_ext
 from idlora_ext import IdLoraConfig, reference
 from idlora_ext.row_scale import row_scale
 
+DEFAULT = "static, scaled pivoted rows, centred"
 VARIANTS = {
     "bounded": {"router": "bounded"},
     "bounded, scaled rows": {"router": "bounded", "row_scale": True},
@@ -37,6 +38,7 @@ VARIANTS = {
     "linear, centred": {"router": "linear", "center": True},
     "static, centred": {"router": "static", "center": True},
     "bounded, scaled rows, centred": {"router": "bounded", "row_scale": True, "center": True},
+    DEFAULT: {"router": "static", "selection": "pivoted_qr_whole", "row_scale": True, "center": True},
 }
 FILE = "adapter_model.safetensors"
 
@@ -197,7 +199,9 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, variant):
 
 
 def test_files_that_mean_something_else_are_refused(tmp_path):
-    idlora_ext.save(trained(idlora_ext.apply(tiny_llama(), **FIELDS | {"router": "bounded"}, row_scale=True)), tmp_path)
+    idlora_ext.save(
+        trained(idlora_ext.apply(tiny_llama(), **FIELDS | {"router": "bounded", "row_scale": True})), tmp_path
+    )
     for fields, message in (
         ({"router": "linear", "row_scale": True}, "the file's router is bounded, that of adapter 'default'"),
         ({"router": "bounded"}, r"14 tensors that the model has no place for: .*down_proj.idlora_row_scale"),
@@ -244,8 +248,8 @@ def test_a_bounded_router_is_not_merged_or_exported(tmp_path):
 
 def test_mixed_batch_sum_and_removal():
     model = get_peft_model(stretched(tiny_llama().double()), IdLoraConfig(**FIELDS), "linear")
-    model.add_adapter("bounded", IdLoraConfig(**FIELDS | {"router": "bounded"}, row_scale=True))
-    model.add_adapter("static", IdLoraConfig(**FIELDS | {"router": "static"}, row_scale=True, seed=3))
+    model.add_adapter("bounded", IdLoraConfig(**FIELDS | {"router": "bounded", "row_scale": True}))
+    model.add_adapter("static", IdLoraConfig(**FIELDS | {"router": "static", "row_scale": True, "seed": 3}))
     names = ["linear", "bounded", "static"]
     for name in names:
         trained(model, name).eval()
@@ -268,7 +272,7 @@ def test_mixed_batch_sum_and_removal():
 
 
 def test_scaled_rows_have_the_median_norm():
-    for layer in layers_of(idlora_ext.apply(stretched(tiny_llama()), **FIELDS, row_scale=True)).values():
+    for layer in layers_of(idlora_ext.apply(stretched(tiny_llama()), **FIELDS | {"row_scale": True})).values():
         W, index, c = layer.get_base_weight(), layer.idlora_index["default"], layer.idlora_row_scale["default"]
         assert c.dtype == torch.float32
         torch.testing.assert_close(c, reference.row_scale(W, index), rtol=1e-6, atol=0)
@@ -286,6 +290,11 @@ def test_rows_of_zeros_and_of_rounding_errors_have_no_direction():
     torch.testing.assert_close(row_scale(1e-3 * W, torch.arange(8).view(2, 4)), c)  # x scales with W
     assert row_scale(torch.zeros(8, 5), torch.arange(4).view(2, 2)).count_nonzero() == 0
     assert torch.equal(row_scale(W.to("meta"), torch.arange(4).view(2, 2)), torch.ones(2, 2))
+
+
+def test_the_default_is_one_of_the_variants():
+    config = IdLoraConfig()
+    assert {name: getattr(config, name) for name in VARIANTS[DEFAULT]} == VARIANTS[DEFAULT]
 
 
 def test_the_paper_stays_one_argument_away():
