@@ -35,7 +35,7 @@ from idlora_ext.clustering import SELECTIONS
 from idlora_ext.inspection import alpha_statistics
 from idlora_ext.layer import IdLoraLayer
 
-PLAIN = {"center": False, "progress": False}
+PLAIN = {"selection": "nearest", "row_scale": False, "center": False, "progress": False}
 R = 32  # of 576 outputs: rows can still be chosen
 
 
@@ -86,7 +86,7 @@ def main() -> None:
 
     train, held_out = rows()
     routers = (*OTHERS, "bounded")
-    models = {router: idlora_ext.apply(load(), r=R, router=router, **PLAIN) for router in routers}
+    models = {router: idlora_ext.apply(load(), r=R, **PLAIN | {"router": router}) for router in routers}
     settings = {"r": R, "steps": options.steps, "batch": options.batch, "rows": [len(train), len(held_out)]}
     report: dict = {"machine": describe(), "settings": settings, "u": distributions(models["linear"], held_out)}
     report |= {"held_out_before": evaluate(models["bounded"], held_out), "runs": []}
@@ -186,7 +186,7 @@ def first_gradients(ids: Tensor) -> list[dict]:
             run: dict = {"selection": selection, "row_scale": row_scale}
             for router in ("linear", "bounded"):
                 fields = {"selection": selection, "row_scale": row_scale, "router": router}
-                model = idlora_ext.apply(load(), r=R, **fields, **PLAIN)
+                model = idlora_ext.apply(load(), r=R, **PLAIN | fields)
                 model(input_ids=ids, labels=ids).loss.backward()
                 gradients = [p.grad for p in model.parameters() if p.requires_grad]
                 run[router] = nn.utils.get_total_norm(gradients).item()

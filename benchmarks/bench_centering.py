@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     calibration, text = rows()
-    model = idlora_ext.apply(load(), r=options.r, router="static", center=True).eval()
+    model = idlora_ext.apply(load(), r=options.r, router="static", selection="nearest", row_scale=False).eval()
     report = {"machine": describe(), "r": options.r, "tokens": text.numel(), "calibration_tokens": calibration.numel()}
     plain = products(model, text)  # the mean is zero still
     idlora_ext.calibrate(model, [{"input_ids": ids} for ids in calibration.split(16)])

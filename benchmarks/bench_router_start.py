@@ -83,7 +83,7 @@ def main() -> None:
                 if key not in done:
                     model = load()
                     if r:
-                        idlora_ext.apply(model, r=r, progress=False)
+                        idlora_ext.apply(model, preset="paper", r=r, progress=False)
                         start_routers(model, STARTS[start], seed)
                     else:
                         inject_adapter_in_model(LoraConfig(r=32, target_modules="all-linear"), model)

@@ -143,8 +143,13 @@ def synthetic(options: argparse.Namespace) -> list[Shape]:
         warnings.filterwarnings("ignore", message=".*too narrow")  # the table shows the rank of each layer
         idlora_ext.apply(model, r=options.r, progress=False)
     dtypes = (options.dtype, options.param_dtype, options.param_dtype)
+    config = idlora_ext.IdLoraConfig()
+    forms = config.router == "static", config.router == "bounded", config.row_scale
     rows = idlora_ext.summary(model).rows
-    return [Shape(row.name, options.tokens, row.d, row.k, row.r, row.s, True, *dtypes) for row in rows]
+    return [
+        Shape(row.name, options.tokens, row.d, row.k, row.r, row.s, config.shared_router, *dtypes, *forms)
+        for row in rows
+    ]
 
 
 def captured(file: Path) -> list[Shape]:

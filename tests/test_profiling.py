@@ -296,7 +296,7 @@ def test_replay_of_a_model(record):
     names = record(str(BENCHMARK), "--model", "smollm2-135m", "--tokens", "5", "--iterations", "2")
     layers = {(0, "self_attn.q_proj", 576, 128), (0, "self_attn.k_proj", 192, 48), (0, "mlp.gate_proj", 1536, 128)}
     shapes = [
-        Shape(f"model.layers.{i}.{name}", 5, d, 4, r, 2, True, "bfloat16", "float32", "float32")
+        Shape(f"model.layers.{i}.{name}", 5, d, 4, r, 2, True, "bfloat16", "float32", "float32", True, False, True)
         for i, name, d, r in layers
     ]
     assert Counter(names[""]) == Counter(

@@ -44,10 +44,10 @@ from .experiment import MODEL, model_path, write_json
 from .methods import METHODS
 from .run import adapter_bytes, commit, trainable
 
-FROZEN, LORA, PEER, OURS = "none", "lora-r8", "miss-r8", "idlora-r32-centered"
+FROZEN, LORA, PEER, OURS = "none", "lora-r8", "miss-r8", "idlora-r32-pivoted"
 DEFAULT = (
-    FROZEN, LORA, PEER, OURS, "idlora-r32-bounded", "idlora-r32", "lora-r32", "miss-r32", "idlora-r128-centered",
-    "dora-r8",
+    FROZEN, LORA, PEER, OURS, "idlora-r32-bounded", "idlora-r32-centered", "idlora-r32", "lora-r32", "miss-r32",
+    "idlora-r128-centered", "dora-r8",
 )  # fmt: skip
 NEW_TOKENS = 64
 

@@ -138,7 +138,7 @@ class Report:
             f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
         )
         seeds += f" Rates are the best on seed {SEEDS[0]} of the same task."
-        pairs = [(task, method) for task in quality_tasks(self.base) for method in telling(self.base)]
+        pairs = [(task, method) for task in quality_tasks(self.base) for method in telling(task)]
         missing = [f"{m} on {task}" for task, m in pairs if best_rate(m, task, self.base, self.find) is None]
         if missing:
             seeds += f" Not run, since their rates are not all tried: {', '.join(missing)}."

@@ -53,6 +53,8 @@ DEFAULT = (
     "miss-r32",
     "dora-r8",
     "idlora-r32",
+    "idlora-r32-pivoted",
+    "idlora-r32-bounded",
     "idlora-r32-centered",
     "idlora-r128",
     "idlora-r128-centered",
