@@ -25,6 +25,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from idlora_ext import IdLoraConfig
+
 WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
 
 
@@ -313,6 +315,21 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
         cost.main()
     assert "is of threads=1, not 2" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+def test_defaults_that_move_leave_the_papers_form_what_it_was():
+    ours, paper = methods.config(methods.METHODS["idlora-r32"].adapter), IdLoraConfig(preset="paper", r=32)
+    for field in (
+        "router",
+        "shared_router",
+        "selection",
+        "row_scale",
+        "center",
+        "num_clusters",
+        "rank_boost",
+        "scaling",
+    ):
+        assert getattr(ours, field) == getattr(paper, field), field
 
 
 def test_roofline_counts_each_operator(monkeypatch):

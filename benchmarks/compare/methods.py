@@ -98,6 +98,8 @@ def config(adapter: Adapter, task_type: str = "CAUSAL_LM") -> peft.PeftConfig | 
     if kind in ("none", "full", "HydraLoRA"):
         return None
     name = "LoraConfig" if kind == "LoRA-FA" else kind
+    if kind == "IdLoraConfig":
+        fields = {"row_scale": False} | fields  # results name it only where it is True: they are older than the option
     make = getattr(idlora_ext if name == "IdLoraConfig" else peft, name, None)
     if make is None:
         raise ValueError(f"peft {peft.__version__} has no {name}")
