@@ -23,6 +23,7 @@ from conftest import tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from idlora_ext import IdLoraConfig
@@ -319,16 +320,8 @@ def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, mo
 
 def test_defaults_that_move_leave_the_papers_form_what_it_was():
     ours, paper = methods.config(methods.METHODS["idlora-r32"].adapter), IdLoraConfig(preset="paper", r=32)
-    for field in (
-        "router",
-        "shared_router",
-        "selection",
-        "row_scale",
-        "center",
-        "num_clusters",
-        "rank_boost",
-        "scaling",
-    ):
+    fields = "router", "shared_router", "selection", "row_scale", "center", "num_clusters", "rank_boost", "scaling"
+    for field in fields:
         assert getattr(ours, field) == getattr(paper, field), field
 
 
@@ -341,6 +334,11 @@ def test_roofline_counts_each_operator(monkeypatch):
     moved, products = 2 * 32 * 4 + 2 * (8 + 24 + 12), 2 * 2 * 4 * 6
     assert (modelled.bytes, modelled.flops) == (moved, products)
     assert modelled.seconds == pytest.approx(moved / roofline.BANDWIDTH)
+    with FakeTensorMode(allow_non_fake_inputs=True), roofline.Modelled() as modelled:
+        torch.nn.functional.linear(torch.zeros(8, 4), torch.nn.Parameter(torch.zeros(2, 4)))
+    assert (
+        modelled.bytes == 4 * (8 * 4 + 2 * 4 + 8 * 2) + 8 * 4 * 4
+    )  # and the zeros; a fake tensor's questions are none
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(roofline, "LLAMA_3_8B", {**sizes, "head_dim": 16})
