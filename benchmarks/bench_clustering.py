@@ -4,8 +4,9 @@ First each matrix is fitted by all in turn (A B C A B C), on one thread: same st
 error if a cluster is too small, our inertia the larger one, or native and Python labels differ. "heavy" matrices have
 outlier rows, as real weights do: there the size constraint is at work.
 
-Then the rows of one layer of each shape of Llama-3-8B are chosen on two threads (bfloat16, k-means++ included). The
-time of the model is extrapolated from that sample: the sum over shapes of the number of such layers times the median.
+Then the rows of one layer of each shape of Llama-3-8B are chosen on two threads (bfloat16, k-means++ included), and, as
+by default, pivots of the whole weight and their scales. The time of the model is extrapolated from that sample: the sum
+over shapes of the number of such layers times the median.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/bench_clustering.py [--quick] [--repeats N] [--output F]
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from idlora_ext import native
 from idlora_ext.clustering import constrained_kmeans, select_rows
+from idlora_ext.row_scale import row_scale
 
 K, MIN_SIZE = 4, 128
 SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
@@ -42,6 +44,7 @@ LLAMA_THREADS = 2
 
 MODULE = native.module
 OURS = ("native", "python") if MODULE else ("python",)
+CHOICES = (*OURS, "pivoted")
 Seconds = list[tuple[float, float]]  # CPU and wall
 
 
@@ -133,12 +136,12 @@ def compare(shapes: list[tuple[int, int]], repeats: int) -> list[dict[str, Any]]
 def extrapolate(layers: dict[tuple[int, int], int], repeats: int) -> dict[str, Any]:
     count = sum(layers.values())
     print(f"\nRows of one layer, {LLAMA_THREADS} threads, bfloat16; medians of {repeats} seeds, wall seconds")
-    print(f"{'matrix':<22}{'layers':>7}" + "".join(f"{f'{name} (range)':>26}" for name in OURS))
+    print(f"{'matrix':<22}{'layers':>7}" + "".join(f"{f'{name} (range)':>26}" for name in CHOICES))
     results = []
-    totals: dict[str, dict[str, float]] = {kind.__name__: dict.fromkeys(OURS, 0.0) for kind in KINDS}
+    totals: dict[str, dict[str, float]] = {kind.__name__: dict.fromkeys(CHOICES, 0.0) for kind in KINDS}
     for kind, (d, d_in) in tqdm([(kind, shape) for shape in layers for kind in KINDS], unit="matrix", disable=None):
         W = kind(d, d_in).bfloat16()
-        seconds: dict[str, Seconds] = {name: [] for name in OURS}
+        seconds: dict[str, Seconds] = {name: [] for name in CHOICES}
         for seed in range(repeats):
             index = {}
             for name in OURS:
@@ -146,8 +149,9 @@ def extrapolate(layers: dict[tuple[int, int], int], repeats: int) -> dict[str, A
                     index[name] = timed(seconds[name], lambda: select_rows(W, K, MIN_SIZE, seed=seed))  # noqa: B023
             if not torch.equal(index[OURS[0]], index["python"]):
                 raise SystemExit(f"{kind.__name__} {d} x {d_in}: native and Python rows differ")
+            timed(seconds["pivoted"], lambda: pivoted(W, seed))  # noqa: B023
         wall, cells = medians(seconds, 1), ""
-        for name in OURS:
+        for name in CHOICES:
             totals[kind.__name__][name] += layers[d, d_in] * wall[name]
             walls = [w for _, w in seconds[name]]
             cells += f"{f'{wall[name]:.3f} ({min(walls):.3f} to {max(walls):.3f})':>26}"
@@ -171,6 +175,10 @@ def extrapolate(layers: dict[tuple[int, int], int], repeats: int) -> dict[str, A
         "total_seconds": totals,
         "sample": results,
     }
+
+
+def pivoted(W: Tensor, seed: int) -> Tensor:
+    return row_scale(W, select_rows(W, K, MIN_SIZE, selection="pivoted_qr_whole", seed=seed))
 
 
 @contextmanager
