@@ -147,8 +147,10 @@ class IdLoraLayer(MergeableLayer):
         self.pending.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device of ``W``. PEFT's own would also round what is float32 beside a bfloat16 ``W``."""
+        """To the device of ``W``, if it has one. PEFT's own would also round what is float32 beside a bfloat16 ``W``."""
         device = device or stored(self.get_base_layer()).device
+        if device.type == "meta":  # offloaded
+            return
         for parameters in (self.idlora_router, self.idlora_B):
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
