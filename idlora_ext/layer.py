@@ -147,7 +147,7 @@ class IdLoraLayer(MergeableLayer):
         self.pending.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device of ``W``, if it has one. PEFT's own would also round what is float32 beside a bfloat16 ``W``."""
+        """To the device of ``W``, if it has one. PEFT's own would also round what is float32 beside bfloat16."""
         device = device or stored(self.get_base_layer()).device
         if device.type == "meta":  # offloaded
             return
