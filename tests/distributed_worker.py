@@ -126,7 +126,7 @@ def weights_on_rank_0_only(directory):
     else:
         with torch.device("meta"):
             model = tiny_llama()
-    return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS, row_scale=True))
+    return adapter_of(idlora_ext.apply(model, progress=False, **FIELDS | {"row_scale": True}))
 
 
 def ddp(directory, **fields):

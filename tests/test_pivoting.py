@@ -88,13 +88,13 @@ def test_a_weight_that_is_not_finite_is_an_error_and_nothing_changes(selection):
     model = tiny_llama()
     model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"layer 'model.layers.1.self_attn.v_proj': .*W must be finite"):
-        idlora_ext.apply(model, **FIELDS, selection=selection)
+        idlora_ext.apply(model, **FIELDS | {"selection": selection})
     assert not layers_of(model)
 
 
 @pytest.mark.parametrize("selection", ["pivoted_qr", "pivoted_qr_whole"])
 def test_layers_get_the_selected_rows(selection):
-    model = idlora_ext.apply(tiny_llama(), **FIELDS, selection=selection)
+    model = idlora_ext.apply(tiny_llama(), **FIELDS | {"selection": selection})
     for layer in layers_of(model).values():
         index = layer.idlora_index["default"]
         W = layer.get_base_weight()

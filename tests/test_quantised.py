@@ -18,7 +18,7 @@ from idlora_ext.clustering import select_rows
 from idlora_ext.layer import IdLoraLayer
 
 SIZES = {"r": 8, "num_clusters": 4}
-FIELDS = SIZES | {"router": "linear", "center": False}
+FIELDS = SIZES | {"router": "linear", "selection": "nearest", "row_scale": False, "center": False}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "attention_bias": True, "mlp_bias": True}
 
 
