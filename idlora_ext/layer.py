@@ -196,7 +196,7 @@ class IdLoraLayer(MergeableLayer):
         return y0, _beside(bias, y0), bias is not None
 
     def product(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-        """The same of a plain layer."""
+        """:meth:`_base_output` of a plain layer."""
         # Past nn.Module's lookups, which decoding feels in every layer; those of an expert are views, held by no one.
         held = layer._parameters
         bias, weight = (held["bias"], held["weight"]) if len(held) == 2 else (layer.bias, layer.weight)

@@ -44,7 +44,7 @@ def same(model: nn.Module, h: torch.Tensor = H, taken: bool = True) -> torch.Ten
     [
         {},
         {"center": False},
-        {"row_scale": True},
+        {"selection": "nearest", "row_scale": False},
         {"router": "linear", "center": False},
         {"router": "bounded", "selection": "pivoted_qr_whole", "row_scale": True},
     ],

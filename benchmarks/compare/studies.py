@@ -127,9 +127,10 @@ def lr_study(base: Experiment, find: Find) -> Iterable[Experiment]:
     language model on the first alone. A rate that is best on one task may fail on another: on those that follow a
     method starts from its best on the first.
     """
-    compared, first = [(telling(task), task) for task in quality_tasks(base)], telling(base.task)
-    others = [method for method in METHODS if method not in (*first, "none")] if set(WIDER) <= set(first) else []
-    for methods, task in (*compared, (others, base.task)):
+    compared = [(telling(task), task) for task in quality_tasks(base)]
+    if base.task in QUALITY_TASKS:
+        compared.append((tuple(m for m in METHODS if m not in (*TELLING, *WIDER, "none")), base.task))
+    for methods, task in compared:
         yield replace(base, method="none", task=task, lr=0.0)
         starts = {method: _first_rates(method, task, base, find) for method in methods}
         for at in (1, 0, 2):  # the centres of all first
