@@ -193,7 +193,7 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
         help="look inside an adapter, or see what one would be",
         description="""Describe an adapter, or what an adapter of a model would be.
 
-An adapter alone: its layers, ranks and sizes. With --base also how the chosen rows divide the rows of W. With
+An adapter alone: its layers, ranks and sizes. With --base also what the chosen rows are of the rows of W. With
 --base and --text also the router's weights a_i over that text. A model: what the adapter options would give, without
 loading its weights. Layers are shown by kind; --layers lists each.""",
         epilog="""examples:

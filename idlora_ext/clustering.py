@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from torch import Tensor
 from .assignment import assign, assign_numpy, check_int, check_matrix, check_sizes, solver
 from .pivoting import pivoted_rows
 
-__all__ = ["SELECTIONS", "KMeansResult", "assign", "constrained_kmeans", "select_rows"]
+__all__ = ["CLUSTERED", "SELECTIONS", "KMeansResult", "Selection", "assign", "constrained_kmeans", "select_rows"]
 
-SELECTIONS = ("pivoted_qr_whole", "pivoted_qr", "nearest", "sequential", "random")
+Selection = Literal["pivoted_qr_whole", "pivoted_qr", "nearest", "sequential", "random"]
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+CLUSTERED: tuple[Selection, ...] = ("pivoted_qr", "nearest")  # each A_i is of rows of one cluster
 
 # Elements of W turned into float64 at a time: 8 MiB for the caches of a CPU, 128 MiB to amortise kernel launches.
 _BLOCK_CPU, _BLOCK_OTHER = 1 << 20, 1 << 24

@@ -7,10 +7,10 @@ from typing import Any, Literal, NoReturn, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType
 
+from .clustering import Selection
 from .integration import get_pattern_key  # and PeftType.IDLORA is there
 
 Router = Literal["linear", "bounded", "static"]
-Selection = Literal["pivoted_qr_whole", "pivoted_qr", "nearest", "sequential", "random"]
 RankFit = Literal["shrink", "error"]
 BaseMismatch = Literal["error", "warn"]
 Preset = Literal["paper"]

@@ -1,4 +1,4 @@
-"""What an adapter is made of and what it does: layers, row clusters, router weights, answers with and without it."""
+"""What an adapter is made of and what it does: layers, chosen rows, router weights, answers with and without it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import idlora_ext
 
 from .checkpoint import read_config, read_tensors
+from .clustering import CLUSTERED
 from .data import encode, encode_prompt, read_examples
 from .layer import IdLoraLayer
 
@@ -67,7 +68,7 @@ def inspect_adapter(
 
     Args:
         path: its directory, or the ``.safetensors`` file alone.
-        base: the model it was made from: adds ``clusters`` to each layer, see :func:`cluster_statistics`.
+        base: the model it was made from: adds ``rows`` to each layer, see :func:`row_statistics`.
         text: a file to run the adapted model on: adds ``alpha`` to each layer, see :func:`alpha_statistics`.
         chat: wrap its prompts and completions in the chat template.
         tokens: read at most so many of its tokens.
@@ -93,7 +94,7 @@ def inspect_adapter(
 
     model = load_adapted(base, file.parent)
     report["total_parameters"] = sum(p.numel() for p in model.parameters())
-    statistics = {"clusters": cluster_statistics(model)}
+    statistics = {"rows": row_statistics(model)}
     if text is not None:
         rows = encode(
             read_examples([text]), AutoTokenizer.from_pretrained(base), length=min(tokens, 512), chat=chat
@@ -149,31 +150,46 @@ def _read_layers(file: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def cluster_statistics(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, Any]]:
-    """How the chosen rows divide the rows of ``W``, by layer. Nothing is clustered again.
+def row_statistics(model: Any, adapter_name: str = "default") -> dict[str, dict[str, Any]]:
+    """What the chosen rows are of the rows of ``W``, by layer. Nothing is chosen again.
 
-    Every row goes to the nearest of the ``k`` means of chosen rows. ``sizes`` are the numbers of rows,
-    ``variance_explained`` the share of the rows' variance that lies between the parts, ``chosen_norm`` the mean norm
-    of each cluster's chosen rows and ``norm`` that of all rows.
+    ``spanned`` is ``|W P|^2 / |W|^2`` (Frobenius), ``P`` the projection on the span of all chosen rows: 1 where every
+    row is a sum of chosen ones, as an interpolative decomposition wants it. ``chosen_norm`` is the mean norm of each
+    ``A_i``'s rows, without row scales, and ``norm`` that of all rows.
+
+    Of rows chosen from clusters also how these divide ``W``, every row counted to the nearest of the ``k`` means of
+    chosen rows: ``sizes``, and ``variance_explained``, the share of the rows' variance that lies between the parts.
     """
-    statistics = {}
+    clustered = model.peft_config[adapter_name].selection in CLUSTERED
+    statistics: dict[str, dict[str, Any]] = {}
     for name, layer in _layers(model, adapter_name):
-        W = layer.get_base_weight().float()
-        index = layer.idlora_index[adapter_name].long()
-        k = len(index)
-        label = torch.cdist(W, W[index].mean(1)).argmin(1)
-        sizes = label.bincount(minlength=k)
-        means = torch.zeros(k, W.shape[1], device=W.device).index_add_(0, label, W) / sizes.clamp_min(1)[:, None]
-        centre = W.mean(0)
-        total = (W - centre).square().sum()
-        between = (sizes * (means - centre).square().sum(1)).sum()
-        statistics[name] = {
-            "sizes": sizes.tolist(),
-            "variance_explained": (between / total).item() if total else 0.0,
+        W, index = layer.get_base_weight().float(), layer.idlora_index[adapter_name].long()
+        found = statistics[name] = {
+            "spanned": _spanned(W, W[index.flatten()]),
             "chosen_norm": W[index].norm(dim=2).mean(1).tolist(),
             "norm": W.norm(dim=1).mean().item(),
         }
+        if not clustered:
+            continue
+        label = torch.cdist(W, W[index].mean(1)).argmin(1)
+        sizes = label.bincount(minlength=len(index))
+        means = torch.zeros(len(index), W.shape[1], device=W.device).index_add_(0, label, W)
+        means /= sizes.clamp_min(1)[:, None]
+        centre = W.mean(0)
+        total = (W - centre).square().sum()
+        between = (sizes * (means - centre).square().sum(1)).sum()
+        found |= {"sizes": sizes.tolist(), "variance_explained": (between / total).item() if total else 0.0}
     return statistics
+
+
+def _spanned(W: Tensor, rows: Tensor) -> float:
+    """The share of the squared norm of ``W`` in the span of ``rows``, which need not be independent."""
+    A = rows.double()
+    value, vector = torch.linalg.eigh(A @ A.T)  # k r of each, where A may have ten times as many columns
+    kept = value > len(A) * torch.finfo(torch.float32).eps * value[-1]  # W has no more digits
+    Q = (A.T @ (vector[:, kept] / value[kept].sqrt())).to(W.dtype)
+    total = W.square().sum()
+    return ((W @ Q).square().sum() / total).item() if total else 1.0
 
 
 @torch.no_grad()
@@ -289,14 +305,16 @@ def table(report: dict[str, Any], *, every_layer: bool = False) -> str:
         legend = ["n: layers of this kind"]
         if "B_rms" in layers[0]:
             line["rms B"] = f"{_mean(layer['B_rms'] for layer in layers):.1e}"
-        if "clusters" in layers[0]:
-            clusters = [layer["clusters"] for layer in layers]
-            sizes = [size for c in clusters for size in c["sizes"]]
-            line["sizes"] = f"{min(sizes)}-{max(sizes)}"
-            line["between"] = f"{_mean(c['variance_explained'] for c in clusters):.1%}"
-            line["norm"] = f"{_mean(_mean(c['chosen_norm']) / (c['norm'] or 1.0) for c in clusters):.2f}"
-            legend += ["sizes: rows nearest to each cluster", "between: variance explained by the clusters"]
-            legend += ["norm: of the chosen rows, over that of all rows"]
+        if "rows" in layers[0]:
+            rows = [layer["rows"] for layer in layers]
+            line["spanned"] = f"{_mean(found['spanned'] for found in rows):.1%}"
+            line["norm"] = f"{_mean(_mean(found['chosen_norm']) / (found['norm'] or 1.0) for found in rows):.2f}"
+            legend += ["spanned: share of W that the chosen rows span", "norm: of the chosen rows, over that of all"]
+            if "sizes" in rows[0]:
+                sizes = [size for found in rows for size in found["sizes"]]
+                line["sizes"] = f"{min(sizes)}-{max(sizes)}"
+                line["between"] = f"{_mean(found['variance_explained'] for found in rows):.1%}"
+                legend += ["sizes: rows nearest to each cluster", "between: variance explained by the clusters"]
         if observed := [layer["alpha"] for layer in layers if "alpha" in layer]:
             alpha = {key: [a for layer in observed for a in layer[key]] for key in ("mean", "std", "min", "max")}
             line["a mean"], line["std"] = f"{_mean(alpha['mean']):.3f}", f"{_mean(alpha['std']):.3f}"

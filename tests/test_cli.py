@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ADAPTER, PNG, error_of, tiny_llama
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import idlora_ext
@@ -115,21 +115,42 @@ def test_inspect_a_file_alone_agrees_with_the_model(
             assert layer["B_rms"] > 0
 
 
-def test_inspect_cluster_statistics(run_path: Path, model_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("selection", ["nearest", "pivoted_qr_whole"])
+def test_inspect_row_statistics(
+    selection: str, model_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_path)
-    tensors = load_file(run_path / "adapter_model.safetensors")
-    for layer in inspect_json(capsys, str(run_path), "--base", model_path)["layers"]:
-        W = loaded.get_submodule(layer["name"]).weight.detach().double()
-        index = tensors[f"base_model.model.{layer['name']}.idlora_index"].long()
+    with torch.no_grad():  # a row twice among the chosen, and rows of zeros: what they span is not k r dimensions
+        loaded.model.layers[0].self_attn.o_proj.weight[1:3] = loaded.model.layers[0].self_attn.o_proj.weight[0]
+        loaded.model.layers[0].mlp.up_proj.weight[10:] = 0
+    loaded.save_pretrained(tmp_path / "base")
+    idlora_ext.apply(loaded, r=8, num_clusters=2, selection=selection, progress=False)
+    idlora_ext.save(loaded, tmp_path / "run")
+    layers = inspect_json(capsys, str(tmp_path / "run"), "--base", str(tmp_path / "base"))["layers"]
+    assert len(layers) == 14
+    for layer in layers:
+        module = loaded.get_submodule(layer["name"])
+        W, index = module.weight.detach().double(), module.idlora_index["default"].long()
+        A, found = W[index.flatten()], layer["rows"]
+        residual = W - W @ torch.linalg.pinv(A, rtol=1e-6) @ A
+        assert found["spanned"] == pytest.approx(1 - float(residual.square().sum() / W.square().sum()), abs=1e-5)
+        assert found["chosen_norm"] == pytest.approx([float(W[rows].norm(dim=1).mean()) for rows in index], rel=1e-5)
+        assert found["norm"] == pytest.approx(float(W.norm(dim=1).mean()), rel=1e-5)
+        if selection == "pivoted_qr_whole":  # no clusters, so nothing that a reader could take for them
+            assert set(found) == {"spanned", "chosen_norm", "norm"}
+            continue
         means = [W[rows].mean(0) for rows in index]
         nearest = [min(range(len(means)), key=lambda i, w=w: float((w - means[i]).norm())) for w in W]
         parts = [W[[i == c for c in nearest]] for i in range(len(means))]
         inner = sum(float((part - part.mean(0)).square().sum()) for part in parts)
-        found = layer["clusters"]
         assert found["sizes"] == [len(part) for part in parts]
         explained = 1 - inner / float((W - W.mean(0)).square().sum())
         assert found["variance_explained"] == pytest.approx(explained, abs=1e-5)
-        assert found["chosen_norm"] == pytest.approx([float(W[rows].norm(dim=1).mean()) for rows in index], rel=1e-5)
+    table = ["inspect", str(tmp_path / "run"), "--base", str(tmp_path / "base")]
+    assert main(table) == 0
+    shown = capsys.readouterr().out
+    assert "spanned" in shown
+    assert ("variance explained by the clusters" in shown) == (selection == "nearest")
 
 
 def test_inspect_alpha_statistics(
