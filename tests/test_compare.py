@@ -174,7 +174,10 @@ def test_rates_are_extended_while_the_best_is_at_the_edge(model):
     assert studies.best_rate("lora-r8", "sarcasm", base, find) == 1e-1
     assert rates("math", "dora-r8")
     assert not rates("sarcasm", "dora-r8")
-    assert {one.lr for one in studies.quality(base, find) if one.method == "lora-r8"} == {3e-5, 1e-1}
+    compared = list(studies.quality(base, find))
+    assert {one.lr for one in compared if one.method == "lora-r8"} == {3e-5, 1e-1}
+    ran = [(one.task, one.seed) for one in compared if one.method == "miss-r8"]
+    assert sorted(ran) == sorted([*product(studies.QUALITY_TASKS, (0, 1, 2)), *product(["sarcasm"], (3, 4, 5))])
 
     found["math", "lora-r8", 3e-5] = loss(float("nan"))  # diverged
     assert studies.best_rate("lora-r8", "math", base, find) == 1e-5

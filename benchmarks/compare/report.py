@@ -24,6 +24,8 @@ from .experiment import ENCODER, MODEL, Experiment
 from .methods import LADDER, METHODS
 from .studies import (
     ABLATED,
+    CLOSE,
+    MORE_SEEDS,
     SEEDS,
     Results,
     ablation_groups,
@@ -33,6 +35,7 @@ from .studies import (
     losses_by_rate,
     quality,
     quality_tasks,
+    seeds,
     telling,
 )
 from .tasks import HEADLINES, TASKS
@@ -114,15 +117,9 @@ class Report:
                     of_task.setdefault(experiment.method, {})[experiment.seed] = result
             if not set(of_task) - {"none"}:
                 continue
-            rows = [self._quality_row(method, runs, of_task) for method, runs in of_task.items()]
-            head = [
-                "method",
-                "lr",
-                "parameters",
-                "held-out loss",
-                *(f"minus {name}" for name in REFERENCES),
-                "accuracy",
-            ]
+            rows = [self._quality_row(task, method, runs, of_task) for method, runs in of_task.items()]
+            less = (f"minus {name}" for name in REFERENCES)
+            head = ["method", "lr", "parameters", "held-out loss", *less, "accuracy"]
             parts = TASKS[task] if len(TASKS[task]) > 1 else ()
             sections.append(f"### {task}\n\n" + table([*head, *(f"loss: {part}" for part in parts)], rows))
             name = f"{self.prefix}quality_{task}.svg"
@@ -134,25 +131,28 @@ class Report:
         name = f"{self.prefix}differences.svg"
         if plot_differences(of_tasks, self.folder / name):
             sections.append(f"### Paired differences\n\n![paired differences]({name})")
-        seeds = (
-            f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of {len(SEEDS)}) if any are missing."
-        )
-        seeds += f" Rates are the best on seed {SEEDS[0]} of the same task."
+        note = f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of m) if any are missing. "
+        for task in (task for task in quality_tasks(self.base) if task in CLOSE):
+            more = f"{', '.join(map(str, MORE_SEEDS))} of {', '.join(CLOSE[task])}"
+            note += f"On {task} also seeds {more}. "
+        note += f"Rates are the best on seed {SEEDS[0]} of the same task."
         pairs = [(task, method) for task in quality_tasks(self.base) for method in telling(task)]
         missing = [f"{m} on {task}" for task, m in pairs if best_rate(m, task, self.base, self.find) is None]
         if missing:
-            seeds += f" Not run, since their rates are not all tried: {', '.join(missing)}."
-        return "\n\n".join([f"## Quality, each method at its best rate\n\n{seeds}", *sections])
+            note += f" Not run, since their rates are not all tried: {', '.join(missing)}."
+        return "\n\n".join([f"## Quality, each method at its best rate\n\n{note}", *sections])
 
-    def _quality_row(self, method: str, runs: dict[int, Result], of_task: dict[str, dict[int, Result]]) -> list[str]:
-        wanted = 1 if method == "none" else len(SEEDS)
+    def _quality_row(
+        self, task: str, method: str, runs: dict[int, Result], of_task: dict[str, dict[int, Result]]
+    ) -> list[str]:
+        wanted = len(seeds(task, method))
         any_run = next(iter(runs.values()))
         metrics = [result["metrics"] for result in runs.values()]
         row = [method, f"{any_run['settings']['lr']:g}", f"{metrics[0]['trainable_parameters']:,}"]
         row.append(spread(map(loss_after, runs.values()), wanted))
         for reference in REFERENCES:
             pairs = [] if method in (reference, "none") else differences(runs, of_task.get(reference, {}))
-            row.append(spread(pairs, wanted, sign=True))
+            row.append(spread(pairs, min(wanted, len(seeds(task, reference))), sign=True))
         names = list(metrics[0]["accuracy"])
         cells = {name: spread((m["accuracy"][name] for m in metrics), wanted, 3) for name in names}
         row.append("; ".join(f"{name} {cell}" if len(names) > 1 else cell for name, cell in cells.items()))
@@ -303,7 +303,7 @@ def setting(experiment: Experiment) -> str:
 
 
 def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = False) -> str:
-    """``mean ± deviation``, and how many values there are if not all."""
+    """``mean ± deviation``, and how many values there are if not all, or more than elsewhere."""
     values = list(values)
     if not values:
         return ""
@@ -312,7 +312,9 @@ def spread(values: Iterable[float], wanted: int, digits: int = 4, sign: bool = F
     text = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
+    if len(values) < wanted:
+        return f"{text} ({len(values)} of {wanted})"
+    return f"{text} ({wanted} seeds)" if wanted > len(SEEDS) else text
 
 
 def _panels(number: int) -> tuple[Any, list[Any]]:
