@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import bench_cpu
 import pytest
 import torch
 from conftest import FORMS, options, tensors_of
@@ -129,6 +130,17 @@ def test_every_form_is_served_without_falling_back(form, dtype, device):
         if served
         else {f"idlora::default_{op}" for op in ("adapt", "adapt_backward", "cluster_gather", "rb_scale")}
     )
+
+
+@needs_module
+@pytest.mark.parametrize("form", bench_cpu.FORMS)
+@pytest.mark.parametrize("N", [1, 64])
+def test_the_benchmark_of_the_kernels_verifies_and_runs(form, N):
+    case = bench_cpu.Case(form, "SmolLM2-135M", 192, 32, N, torch.bfloat16)
+    with torch.inference_mode():
+        row = bench_cpu.measure(case, rounds=2)
+    assert set(row["errors"]) == set(bench_cpu.OUTPUTS)
+    assert all(row[phase]["native"]["median"] > 0 for phase in ("forward", "backward"))
 
 
 # ---- what it hands back ----------------------------------------------------------------------------------------------
