@@ -200,7 +200,7 @@ def test_report(model, tmp_path):
     text = re.sub(" +", " ", report.Report(tmp_path, base).write().read_text())
     assert "| miss-r8 | | | | 1.1007 | **1.1000** | 1.1020 | | | | 0.001 |" in text
     rows = [row for row in text.splitlines() if row.startswith("| miss-r8 | 0.001 |")]
-    assert "| 1.1000 (1 of 3) | +0.1000 (1 of 3) |" in rows[0]
+    assert "| 1.1000 (1 of 3) | +0.1000 (1 of 3); ahead in 0 |" in rows[0]
     assert "| 1.0000 (1 of 3) |" in text  # the ablations take the very same experiment from the other study
     assert (tmp_path / f"{model.name}--quality_math.svg").is_file()
     assert (tmp_path / f"{model.name}--differences.svg").is_file()

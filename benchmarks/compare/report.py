@@ -153,6 +153,7 @@ class Report:
         for reference in REFERENCES:
             pairs = [] if method in (reference, "none") else differences(runs, of_task.get(reference, {}))
             row.append(spread(pairs, min(wanted, len(seeds(task, reference))), sign=True))
+            row[-1] += f"; ahead in {sum(pair < 0 for pair in pairs)}" if pairs else ""
         names = list(metrics[0]["accuracy"])
         cells = {name: spread((m["accuracy"][name] for m in metrics), wanted, 3) for name in names}
         row.append("; ".join(f"{name} {cell}" if len(names) > 1 else cell for name, cell in cells.items()))
