@@ -123,8 +123,8 @@ class Report:
             parts = TASKS[task] if len(TASKS[task]) > 1 else ()
             sections.append(f"### {task}\n\n" + table([*head, *(f"loss: {part}" for part in parts)], rows))
             name = f"{self.prefix}quality_{task}.svg"
-            plot_parameters(task, of_task, self.folder / name)
-            sections[-1] += f"\n\n![loss and parameters]({name})"
+            plot_losses(task, of_task, self.folder / name)
+            sections[-1] += f"\n\n![losses of each seed]({name})"
             of_tasks[task] = of_task
         if not sections:
             return ""
@@ -332,31 +332,24 @@ def _panels(number: int) -> tuple[Any, list[Any]]:
     return figure, list(panels)
 
 
-def _colour(method: str) -> str:
-    return "#c2410c" if method.startswith("idlora") else "#475569"
+def _draw_row(axes: Any, at: int, method: str, values: list[float]) -> None:
+    """Mean and standard deviation of a method, and a tick for each seed; nothing of one that diverged."""
+    if values and all(map(math.isfinite, values)):
+        colour = "#c2410c" if method.startswith("idlora") else "#475569"
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(statistics.mean(values), at, xerr=deviation, fmt="o", color=colour, capsize=3)
+        axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
 
 
-def _bars(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def plot_parameters(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> None:
-    """Loss over trainable parameters."""
+def plot_losses(task: str, of_task: dict[str, dict[int, Result]], path: Path) -> None:
+    """Losses of each method, in the order of their trainable parameters."""
     figure, [axes] = _panels(1)
-    title = f"{task}: mean and standard deviation over seeds"
-    axes.set(title=title, xlabel="trainable parameters", ylabel="held-out loss", xscale="log")
-    axes.margins(0.2)
-    for method, runs in of_task.items():
-        count = next(iter(runs.values()))["metrics"]["trainable_parameters"]
-        losses = [loss_after(result) for result in runs.values()]
-        if count and all(map(math.isfinite, losses)):
-            mean, deviation = _bars(losses)
-            axes.errorbar(count, mean, deviation, fmt="o", color=_colour(method), capsize=3)
-            label = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} of {len(SEEDS)})"
-            # Methods of as many parameters lie close to one another.
-            side = "right" if method == "lora-r4" else "left"
-            at = (-6, -3) if side == "right" else (5, -11 if method.startswith("idlora") else 4)
-            axes.annotate(label, (count, mean), at, textcoords="offset points", fontsize="small", ha=side)
+    axes.set(title=f"{task}: held-out loss", xlabel="each seed, mean ± standard deviation; left is better")
+    parameters = {m: next(iter(runs.values()))["metrics"]["trainable_parameters"] for m, runs in of_task.items()}
+    methods = sorted((m for m in of_task if m != "none"), key=lambda m: (-parameters[m], list(METHODS).index(m)))
+    for at, method in enumerate(methods):
+        _draw_row(axes, at, method, [loss_after(result) for result in of_task[method].values()])
+    axes.set_yticks(range(len(methods)), [f"{m}, {parameters[m] / 1e6:.2f} M" for m in methods])
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -370,12 +363,7 @@ def plot_differences(of_tasks: dict[str, dict[str, dict[int, Result]]], path: Pa
     for axes, (task, of_task) in zip(panels, of_tasks.items(), strict=True):
         axes.set(title=f"{task}: loss minus that of {REFERENCES[0]}", xlabel="left is better")
         for at, method in enumerate(reversed(methods)):
-            values = differences(of_task.get(method, {}), of_task[REFERENCES[0]])
-            if values and all(map(math.isfinite, values)):
-                mean, deviation = _bars(values)
-                colour = _colour(method)
-                axes.errorbar(mean, at, xerr=deviation, fmt="o", color=colour, capsize=3)
-                axes.plot(values, [at] * len(values), "|", color=colour, markersize=9)
+            _draw_row(axes, at, method, differences(of_task.get(method, {}), of_task[REFERENCES[0]]))
         axes.axvline(0, color="black", linewidth=1)
     panels[0].set_yticks(range(len(methods)), methods[::-1])
     figure.savefig(path, metadata={"Date": None})
