@@ -132,9 +132,9 @@ class Report:
         if plot_differences(of_tasks, self.folder / name):
             sections.append(f"### Paired differences\n\n![paired differences]({name})")
         note = f"Seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation; (n of m) if any are missing. "
-        for task in (task for task in quality_tasks(self.base) if task in CLOSE):
-            more = f"{', '.join(map(str, MORE_SEEDS))} of {', '.join(CLOSE[task])}"
-            note += f"On {task} also seeds {more}. "
+        for task, methods in CLOSE.items():
+            if task in quality_tasks(self.base):
+                note += f"On {task} also seeds {', '.join(map(str, MORE_SEEDS))} of {', '.join(methods)}. "
         note += f"Rates are the best on seed {SEEDS[0]} of the same task."
         pairs = [(task, method) for task in quality_tasks(self.base) for method in telling(task)]
         missing = [f"{m} on {task}" for task, m in pairs if best_rate(m, task, self.base, self.find) is None]
@@ -152,8 +152,8 @@ class Report:
         row.append(spread(map(loss_after, runs.values()), wanted))
         for reference in REFERENCES:
             pairs = [] if method in (reference, "none") else differences(runs, of_task.get(reference, {}))
-            row.append(spread(pairs, min(wanted, len(seeds(task, reference))), sign=True))
-            row[-1] += f"; ahead in {sum(pair < 0 for pair in pairs)}" if pairs else ""
+            less = spread(pairs, min(wanted, len(seeds(task, reference))), sign=True)
+            row.append(f"{less}; ahead in {sum(pair < 0 for pair in pairs)}" if pairs else "")
         names = list(metrics[0]["accuracy"])
         cells = {name: spread((m["accuracy"][name] for m in metrics), wanted, 3) for name in names}
         row.append("; ".join(f"{name} {cell}" if len(names) > 1 else cell for name, cell in cells.items()))
