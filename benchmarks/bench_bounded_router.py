@@ -30,10 +30,10 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import idlora_ext
-from idlora_ext import layer as layers
-from idlora_ext.clustering import SELECTIONS
-from idlora_ext.inspection import alpha_statistics
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer import layer as layers
+from idlora_ext.layer.layer import IdLoraLayer
+from idlora_ext.rows.selection import SELECTIONS
+from idlora_ext.tools.inspection import alpha_statistics
 
 PLAIN = {"selection": "nearest", "row_scale": False, "center": False, "progress": False}
 R = 32  # of 576 outputs: rows can still be chosen

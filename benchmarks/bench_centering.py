@@ -21,7 +21,7 @@ from machine import describe
 from torch import Tensor
 
 import idlora_ext
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 COLUMNS = {"rms": "rms of z", "mean_share": "share of the mean", "directions": "directions of r"}
 

@@ -32,8 +32,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from idlora_ext import native
-from idlora_ext.clustering import constrained_kmeans, select_rows
-from idlora_ext.row_scale import row_scale
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.row_scale import row_scale
+from idlora_ext.rows.selection import select_rows
 
 K, MIN_SIZE = 4, 128
 SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]

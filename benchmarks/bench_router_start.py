@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import idlora_ext
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from assets import gsm8k, smollm2

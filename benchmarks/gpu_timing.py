@@ -13,7 +13,7 @@ from modelled import Shape
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from idlora_ext.default_kernels import default_kernels
+from idlora_ext.ops.default_kernels import default_kernels
 
 ROUNDS = 50
 

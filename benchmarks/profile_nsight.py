@@ -35,6 +35,7 @@ from torch import Tensor
 
 import idlora_ext
 from idlora_ext import ops, profiling, reference
+from idlora_ext.ops import nvtx
 
 MODELS = {  # decoder sizes, from the models' own config.json
     "smollm2-135m": {
@@ -182,7 +183,7 @@ def run(shapes: dict[Shape, int], iterations: int) -> None:
     with torch.cuda.profiler.profile() if device == "cuda" else nullcontext(), profiling.nvtx_ranges():
         for name, once in passes:
             for _ in range(iterations):
-                with profiling.layer(name):
+                with nvtx.layer(name):
                     once()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from idlora_ext import default_kernels as kernels
 from idlora_ext import reference
+from idlora_ext.ops import default_kernels as kernels
 
 _aten = torch.ops.aten
 ALLOCATIONS = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}

@@ -22,8 +22,8 @@ from assets import gsm8k, smollm2
 from transformers.utils import logging
 
 from idlora_ext.cli import print_answers
-from idlora_ext.finetune import Settings, finetune
-from idlora_ext.inspection import compare
+from idlora_ext.tools.finetune import Settings, finetune
+from idlora_ext.tools.generation import compare
 
 HELD_OUT = 20  # problems
 

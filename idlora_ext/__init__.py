@@ -9,16 +9,11 @@
 from . import tested_versions  # first: under another PEFT what follows may not even be found
 
 # isort: split
-from . import integration, native, ops, profiling
-from .centering import calibrate
-from .checkpoint import load, save
-from .config import IdLoraConfig
-from .layer_summary import Summary, summary
-from .lora_export import to_lora
-from .mixed_batches import adapter_names
-from .model import IdLoraModel
-from .patching import apply
-from .restore import remove
+from . import native, ops, patches, profiling
+from .layer.config import IdLoraConfig
+from .lifecycle import Summary, apply, calibrate, load, remove, save, summary, to_lora
+from .tuner.mixed_batches import adapter_names
+from .tuner.model import IdLoraModel
 from .version import __version__
 
 __all__ = [
@@ -40,6 +35,6 @@ __all__ = [
     "to_lora",
 ]
 
-integration.teach_trainer()
-integration.teach_accelerate()
-integration.teach_refusals()
+patches.teach_trainer()
+patches.teach_accelerate()
+patches.teach_refusals()

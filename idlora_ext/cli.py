@@ -270,7 +270,7 @@ def _adapter_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(args: argparse.Namespace) -> None:
     _need_model(args.model)
-    from .finetune import Settings, finetune
+    from .tools.finetune import Settings, finetune
 
     _quiet()
     options = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
@@ -293,7 +293,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("nothing to continue: give --prompt or --prompt-file")
     from transformers import AutoTokenizer
 
-    from .inspection import compare, load_adapted
+    from .tools.generation import compare, load_adapted
 
     _quiet()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -314,7 +314,7 @@ def _inspect(args: argparse.Namespace) -> None:
         _need_model(args.path)
     for model in filter(None, [args.base]):
         _need_model(model)
-    from . import inspection
+    from .tools import inspection, inspection_report
 
     _quiet()
     fields = _adapter_fields(args)
@@ -329,18 +329,18 @@ def _inspect(args: argparse.Namespace) -> None:
     else:
         report = inspection.inspect_adapter(path, base=args.base, text=args.text, chat=args.chat, tokens=args.tokens)
     if args.plot:
-        inspection.plot_alpha(report, args.plot)
-    print(json.dumps(report, indent=2) if args.json else inspection.table(report, every_layer=args.layers))
+        inspection_report.plot_alpha(report, args.plot)
+    print(json.dumps(report, indent=2) if args.json else inspection_report.table(report, every_layer=args.layers))
 
 
 def _export(args: argparse.Namespace) -> None:
     _need_model(args.base)
     if Path(args.output).exists() and any(Path(args.output).iterdir()):
         raise ValueError(f"{args.output}: is not empty, and an export replaces nothing: give another --output")
-    from .checkpoint import read_config
-    from .inspection import load_adapted
-    from .lora_export import to_lora
-    from .merging import MERGE_REFUSED
+    from .layer.merging import MERGE_REFUSED
+    from .lifecycle import to_lora
+    from .tools.generation import load_adapted
+    from .tuner.files import read_config
 
     _quiet()
     if read_config(args.adapter).router != "static":  # said before the model is loaded
@@ -350,7 +350,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _env(args: argparse.Namespace) -> None:
-    from . import environment
+    from .tools import environment
 
     report = environment.report()
     print(json.dumps(report, indent=2) if args.json else environment.text(report))

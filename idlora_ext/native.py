@@ -1,8 +1,7 @@
-"""Loads the native module ``_C``: CPU and CUDA kernels for the operators of :mod:`idlora_ext.ops`.
+"""Whether there is a native module, and if not, why not: ``module`` and ``reason``.
 
-Importing ``_C`` registers its kernels with the dispatcher, over the default ones. What they do not serve (float64,
-wrong arguments, a GPU the module was not built for) they hand back through the private ops ``idlora::default_*``.
-Without the module, or with ``IDLORA_NATIVE=0`` in the environment, everything runs on the default kernels.
+Importing ``_C`` registers CPU and CUDA kernels for the operators of :mod:`idlora_ext.ops` with the dispatcher. Without
+it, or with ``IDLORA_NATIVE=0`` in the environment, everything runs on the default kernels.
 """
 
 from __future__ import annotations
@@ -10,15 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
-
-from . import default_kernels
-
-_library = torch.library.Library("idlora", "FRAGMENT")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -42,29 +35,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             stacklevel=2,
         )
         return None, reason
-    for schema in default_kernels.SCHEMAS:
-        op, _, signature = schema.partition("(")
-        _library.define(f"default_{op}({signature}")
-        returns = signature.partition("->")[2].count("Tensor")
-        kernel = _keeping_errors(_C, default_kernels.default_kernels[op], returns)
-        _library.impl(f"default_{op}", kernel, "CompositeExplicitAutograd")
     return _C, None
-
-
-def _keeping_errors(_C: ModuleType, kernel: Callable[..., Any], returns: int) -> Callable[..., Any]:
-    """``kernel``, called from C++ through an interface that carries no exceptions: they go round it."""
-
-    def run(*args: Any) -> Any:
-        try:
-            return kernel(*args)
-        except BaseException as error:
-            _C.keep(error)
-            if not returns:
-                return None
-            nothing = torch.empty(0)
-            return nothing if returns == 1 else (nothing,) * returns
-
-    return run
 
 
 module, reason = _load()

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from idlora_ext import IdLoraConfig
 from idlora_ext.cli import main
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, layer
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext import IdLoraConfig
+from idlora_ext.layer import layer
+from idlora_ext.layer.layer import IdLoraLayer
 
 SIZE = 4  # rows of the global batch
 

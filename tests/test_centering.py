@@ -26,7 +26,7 @@ from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
-from idlora_ext.distributed import mean_over_tokens
+from idlora_ext.layer.centering import mean_over_tokens
 
 CENTERED = FIELDS | {"router": "static", "center": True}
 FILE = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
-from idlora_ext.fingerprint import difference, fingerprint
+from idlora_ext.rows.fingerprint import difference, fingerprint
 
 WEIGHTS = "adapter_model.safetensors"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -45,7 +45,7 @@ def no_clustering(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("rows were chosen while loading")
 
-    monkeypatch.setattr(idlora_ext.layer, "select_rows", refuse)
+    monkeypatch.setattr(idlora_ext.layer.layer, "select_rows", refuse)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -62,7 +62,7 @@ def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch)
     )
     tensors = load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.") for key in tensors)
-    monkeypatch.setattr(idlora_ext.layer, "select_rows", None)  # loading never clusters
+    monkeypatch.setattr(idlora_ext.layer.layer, "select_rows", None)  # loading never clusters
     loaded = LOADERS[loader](MODELS[kind](), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if "idlora" in n)
@@ -340,7 +340,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(idlora_ext.checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(idlora_ext.tuner.files, "save_file", full_disk)
     with pytest.raises(OSError, match="disk full"):
         idlora_ext.save(model, tmp_path)
     assert {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)} == before

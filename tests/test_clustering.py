@@ -11,7 +11,9 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from idlora_ext.clustering import SELECTIONS, assign, constrained_kmeans, select_rows
+from idlora_ext.rows.assignment import assign
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.selection import SELECTIONS, select_rows
 
 
 def total(distances: Tensor, labels: Tensor) -> float:
@@ -165,7 +167,7 @@ def test_every_iteration_lowers_the_inertia(kind):
 def test_sums_that_follow_the_moves_agree_with_sums_from_scratch(monkeypatch):
     W = matrix("heavy tails")
     expected = constrained_kmeans(W, 4, 64)
-    monkeypatch.setattr("idlora_ext.clustering._RESUM_EVERY", 1)
+    monkeypatch.setattr("idlora_ext.rows.kmeans._RESUM_EVERY", 1)
     result = constrained_kmeans(W, 4, 64)
     assert torch.equal(result.labels, expected.labels)
     torch.testing.assert_close(result.centroids, expected.centroids, rtol=0, atol=1e-12)

@@ -16,7 +16,9 @@ from test_clustering import DEGENERATE, KINDS, matrix
 from torch import Tensor
 
 from idlora_ext import native
-from idlora_ext.clustering import assign, constrained_kmeans, select_rows
+from idlora_ext.rows.assignment import assign
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.selection import select_rows
 
 if native.module is None:
     pytest.skip(f"no native module: {native.reason}", allow_module_level=True)

@@ -9,7 +9,7 @@ import pytest
 from conftest import byte_tokenizer, write_jsonl
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from idlora_ext.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
+from idlora_ext.tools.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import idlora_ext
-from idlora_ext import decoding
+from idlora_ext.layer import decoding
 
 H = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(3))
 FIELDS = {"r": 8, "num_clusters": 2, "target_modules": ["0"]}

@@ -14,7 +14,7 @@ from conftest import FIELDS, logits, state_of, tiny_llama
 from distributed_worker import SCENARIOS
 
 import idlora_ext
-from idlora_ext import distributed
+from idlora_ext.base import sharding
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
 TESTS = Path(__file__).parent
@@ -31,7 +31,7 @@ def records(tmp_path_factory):
 
 
 def run(world, directory, *names, **environment):
-    command = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [] if world == 1 else ["-m", "torch.sharding.run", "--standalone", "--nproc-per-node", str(world)]
     command = [sys.executable, *command, str(TESTS / "distributed_worker.py"), str(directory), *names]
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
@@ -255,9 +255,9 @@ def test_an_empty_weight_is_never_clustered():
 
 def test_rows_out_of_order_are_refused():
     """``packed_colwise``: what one rank has of fused weights is not one run of rows."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.sharding.device_mesh import init_device_mesh
+    from torch.sharding.tensor import distribute_tensor
+    from torch.sharding.tensor.placement_types import _StridedShard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -266,6 +266,6 @@ def test_rows_out_of_order_are_refused():
         layer.weight = torch.nn.Parameter(
             distribute_tensor(layer.weight.data, mesh, [_StridedShard(0, split_factor=2)])
         )
-        assert "out of order" in distributed.unsupported(layer, 0.0)
+        assert "out of order" in sharding.unsupported(layer, 0.0)
     finally:
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.experts import ExpertLinear, UnfusedExperts
+from idlora_ext.base.experts import ExpertLinear, UnfusedExperts
 
 SIZES = {
     "hidden_size": 64,
@@ -344,7 +344,7 @@ def test_messages_gather_layers_and_experts():
 
 
 def test_inspection_counts_the_tokens_an_expert_receives():
-    from idlora_ext.inspection import alpha_statistics
+    from idlora_ext.tools.inspection import alpha_statistics
 
     model = randomize_adapter(idlora_ext.apply(mixtral(), **FIELDS))
     rows = [[1, 2, 3], [4, 5]]  # ten choices of an expert in a layer

@@ -104,7 +104,7 @@ def test_interrupting_the_clustering_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    from idlora_ext import layer
+    from idlora_ext.layer import layer
 
     original = layer.select_rows
     monkeypatch.setattr(layer, "select_rows", interrupted)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops
-from idlora_ext.mixed_batches import Groups
+from idlora_ext.layer.mixed_rows import Groups
 
 NATIVE = idlora_ext.native.module is not None  # in plain PyTorch, products with B depend on the number of tokens
 NAMES = ["fr", "__base__", "de", "it", "fr", "de"]

@@ -16,9 +16,11 @@ import torch
 from conftest import FORMS, options, tensors_of
 
 import idlora_ext
-from idlora_ext import environment, native, ops, reference
+from idlora_ext import native, ops, reference
 from idlora_ext.cli import main
-from idlora_ext.default_kernels import SCHEMAS, default_kernels
+from idlora_ext.ops.default_kernels import default_kernels
+from idlora_ext.ops.library import SCHEMAS
+from idlora_ext.tools import environment
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

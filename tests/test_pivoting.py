@@ -11,9 +11,11 @@ import torch
 from conftest import FIELDS, layers_of, tiny_llama
 
 import idlora_ext
-from idlora_ext import pivoting, reference
-from idlora_ext.clustering import constrained_kmeans, select_rows
-from idlora_ext.pivoting import pivoted_rows
+from idlora_ext import reference
+from idlora_ext.rows import pivoting
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.pivoting import pivoted_rows
+from idlora_ext.rows.selection import select_rows
 
 
 def graded(d, d_in, decay=0.9, seed=0):

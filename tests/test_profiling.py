@@ -22,6 +22,7 @@ from profile_nsight import Shape, distinct, read_ncu, table
 
 import idlora_ext
 from idlora_ext import ops, profiling
+from idlora_ext.ops import nvtx
 
 TESTS = Path(__file__).parent
 BENCHMARK = TESTS.parent / "benchmarks" / "profile_nsight.py"
@@ -127,7 +128,7 @@ def record(tmp_path_factory):
             if domain == "scenario":
                 scenario = message[0] if message else ""
                 names.setdefault(scenario, [])
-            elif domain == profiling.DOMAIN:
+            elif domain == nvtx.DOMAIN:
                 depth[thread] += 1 if kind == "push" else -1
                 assert depth[thread] in (0, 1), f"{scenario}: ranges are nested, or popped twice: {line}"
                 names[scenario] += message
@@ -208,7 +209,7 @@ def test_names_stay_with_copies_and_peft_models():
     from peft import get_peft_model
 
     def names(model):
-        return [m.name for m in model.modules() if isinstance(m, idlora_ext.layer.IdLoraLayer)]
+        return [m.name for m in model.modules() if isinstance(m, idlora_ext.layer.layer.IdLoraLayer)]
 
     model = adapted()
     rows = [row.name for row in idlora_ext.summary(model).rows]
@@ -224,12 +225,12 @@ def test_without_the_package(monkeypatch):
         profiling.nvtx_ranges().__enter__()
     monkeypatch.setenv("IDLORA_NVTX", "1")
     with pytest.raises(ImportError, match="IDLORA_NVTX=1 needs the package nvtx"):
-        profiling._from_environment()
+        nvtx._from_environment()
     monkeypatch.setenv("IDLORA_NVTX", "0")
-    assert profiling._from_environment() is None
+    assert nvtx._from_environment() is None
     monkeypatch.setenv("IDLORA_NVTX", "yes")
     with pytest.raises(ValueError, match=r"IDLORA_NVTX must be 1 .*, 0 or unset, got 'yes'"):
-        profiling._from_environment()
+        nvtx._from_environment()
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------

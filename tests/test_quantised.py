@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, base_weight, reference
-from idlora_ext.clustering import select_rows
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext import IdLoraConfig, reference
+from idlora_ext.base import weight
+from idlora_ext.layer.layer import IdLoraLayer
+from idlora_ext.rows.selection import select_rows
 
 SIZES = {"r": 8, "num_clusters": 4}
 FIELDS = SIZES | {"router": "linear", "selection": "nearest", "row_scale": False, "center": False}
@@ -156,7 +157,7 @@ def test_layers_are_base_output_and_adapter_on_it_alone(quantised):
         layer.support_avx512bf16_for_cpu = False  # bitsandbytes: see test_weights_packed_for_inference
     before = logits(model)
     kept = modules_of(model)
-    with mock.patch("idlora_ext.layer.base_weight", side_effect=base_weight.base_weight) as read:
+    with mock.patch("idlora_ext.layer.layer.base_weight", side_effect=weight.base_weight) as read:
         idlora_ext.apply(model, **FIELDS)
         layers = layers_of(model)
         assert len(layers) == 14, "all-linear must take in every quantised layer, and not the head"
@@ -193,7 +194,7 @@ def test_rows_are_chosen_from_the_dequantised_weights(quantised):
         seed = zlib.crc32(name.encode(), 0)
         assert torch.equal(select_rows(W, 4, 8, seed=seed), layer.idlora_index["default"])
         # what any layer that returns h W^T + b can be asked; bitsandbytes' 8 bits quantise the unit vectors too
-        through = base_weight.read_through(layer.get_base_layer())
+        through = weight.read_through(layer.get_base_layer())
         torch.testing.assert_close(through, W.float(), rtol=1e-2, atol=2e-3)
 
 
@@ -220,7 +221,7 @@ def test_train_save_load(quantised, tmp_path, door):
     trained = logits(model)
     directory = tmp_path / "adapter"
     model.save_pretrained(directory) if door == "peft" else idlora_ext.save(model, directory)
-    with mock.patch("idlora_ext.layer.base_weight", side_effect=base_weight.base_weight) as read:
+    with mock.patch("idlora_ext.layer.layer.base_weight", side_effect=weight.base_weight) as read:
         if door == "peft":
             again = PeftModel.from_pretrained(quantised(), directory)
         else:

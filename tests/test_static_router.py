@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.inspection import alpha_statistics
+from idlora_ext.tools.inspection import alpha_statistics
 
 STATIC = FIELDS | {"router": "static"}
 

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops, reference
-from idlora_ext.config import fit_rank
+from idlora_ext.layer.config import fit_rank
 
 DOORS = {
     "apply": lambda model, **fields: idlora_ext.apply(model, **fields),

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.row_scale import row_scale
+from idlora_ext.rows.row_scale import row_scale
 
 DEFAULT = "static, scaled pivoted rows, centred"
 VARIANTS = {

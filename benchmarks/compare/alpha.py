@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 from .tasks import Part
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 from . import methods, objectives
 from .experiment import ENCODER, MODEL, Experiment, model_path, write_json

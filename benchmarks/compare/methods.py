@@ -20,7 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import idlora_ext
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 from .hydralora import apply_hydralora
 from .objectives import classifies

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from idlora_ext.data import IGNORED
+from idlora_ext.tools.data import IGNORED
 
 from .tasks import Part
 

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 from . import RESULTS, methods
 from .experiment import write_json

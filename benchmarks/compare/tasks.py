@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from idlora_ext.data import IGNORED
+from idlora_ext.tools.data import IGNORED
 
 from . import ROOT
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from idlora_ext import IdLoraConfig
-from idlora_ext.config import Router
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.config import Router
+from idlora_ext.layer.layer import IdLoraLayer
 
 for name in ("diffusers", "datasets"):  # what their files import, for tests that are not ours
     if importlib.util.find_spec(name) is None:

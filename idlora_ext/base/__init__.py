@@ -1,0 +1,1 @@
+"""A frozen layer, however it keeps ``W``: reading weights, gathering shards, opening experts."""

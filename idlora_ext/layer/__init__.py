@@ -1,0 +1,1 @@
+"""An adapted layer: ``base``, ``ops`` and ``rows`` meet here, and only here. Never walks a model."""

@@ -1,0 +1,1 @@
+"""What the command ``idlora`` is made of, callable from Python."""

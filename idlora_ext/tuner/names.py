@@ -1,0 +1,34 @@
+"""How layers are called, in files and in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+PREFIX = "base_model.model."
+
+
+def brief(names: Iterable[str]) -> list[str]:
+    """Layer names with their numbers gathered: ``layers.0.q``, ``layers.1.q`` become ``layers.{0-1}.q``.
+
+    Gathered are the first numbers and then the last ones: those of layers, and those of experts in them.
+    """
+    return _gather(r"(?:(.*\.)(\d+)(?=\.))?(.*)", _gather(r"(?:(.*?\.)?(\d+))?(.*)", names))
+
+
+def _gather(pattern: str, names: Iterable[str]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        head, number, tail = re.fullmatch(pattern, name).groups()  # type: ignore[union-attr]
+        groups.setdefault((head or "", tail), []).extend([int(number)] if number else [])
+    result = []
+    for (head, tail), numbers in groups.items():
+        runs: list[list[int]] = []
+        for n in sorted(numbers):
+            if runs and n == runs[-1][1] + 1:
+                runs[-1][1] = n
+            else:
+                runs.append([n, n])
+        ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        result.append(head + (f"{{{ranges}}}" if len(numbers) > 1 else ranges) + tail)
+    return result
