@@ -30,7 +30,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import idlora_ext
-from idlora_ext.layer import layer as layers
+from idlora_ext import ops
+from idlora_ext.layer.adapter import Adapter, BaseOutput
 from idlora_ext.layer.layer import IdLoraLayer
 from idlora_ext.rows.selection import SELECTIONS
 from idlora_ext.tools.inspection import alpha_statistics
@@ -129,13 +130,12 @@ def use(form: str) -> None:
     def routed_sum(x: Tensor, T: Tensor, bounded: bool) -> Tensor:
         return (weights(x, T).unsqueeze(-1) * x).sum(-2)
 
-    def alpha(layer: IdLoraLayer, h: Tensor, adapter: str = "default") -> Tensor:
-        y0, bias, bias_in_y0 = layer._base_output(h)
-        return weights(layer._gather(y0, None, adapter, bias if bias_in_y0 else None), layer.idlora_router[adapter])
+    def alpha(adapter: Adapter, base: BaseOutput) -> Tensor:
+        return weights(adapter.gather(base), adapter.router)
 
-    layers.Linear._fused = lambda layer, adapter: False  # operator by operator, with this one in between
-    layers.ops.rb_scale = routed_sum
-    IdLoraLayer.alpha = alpha
+    Adapter.forward = Adapter._by_operator  # with this one in between
+    ops.rb_scale = routed_sum
+    Adapter.alpha = alpha
 
 
 @torch.no_grad()
@@ -149,9 +149,8 @@ def distributions(model: nn.Module, held_out: Tensor) -> dict[str, dict[str, dic
     }
 
     def observe(layer: IdLoraLayer, args: tuple[Tensor, ...], name: str) -> None:
-        y0, bias, bias_in_y0 = layer._base_output(args[0])
-        x = layer._gather(y0, None, "default", bias if bias_in_y0 else None)
-        T = layer.idlora_router["default"]
+        adapter = layer.idlora_adapter["default"]
+        x, T = adapter.gather(layer.base_output(args[0])), adapter.router
         for kind, u in kinds.items():
             # a direction of the length that makes u of size 1 for x of size 1
             direction = T if kind == "x_i" else T / T.norm()

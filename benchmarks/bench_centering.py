@@ -21,6 +21,7 @@ from machine import describe
 from torch import Tensor
 
 import idlora_ext
+from idlora_ext.layer.adapter import BaseOutput
 from idlora_ext.layer.layer import IdLoraLayer
 
 COLUMNS = {"rms": "rms of z", "mean_share": "share of the mean", "directions": "directions of r"}
@@ -59,7 +60,8 @@ def products(model: torch.nn.Module, text: Tensor) -> dict[str, Tensor]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, IdLoraLayer)}
 
     def observe(name: str, y0: Tensor) -> None:
-        found.setdefault(name, []).append(layers[name]._gather(y0, None, "default", None).sum(-2).flatten(0, 1))
+        x = layers[name].idlora_adapter["default"].gather(BaseOutput(y0))
+        found.setdefault(name, []).append(x.sum(-2).flatten(0, 1))
 
     hooks = [
         layer.base_layer.register_forward_hook(lambda _, __, y0, name=name: observe(name, y0))
@@ -76,7 +78,8 @@ def verify(model: torch.nn.Module, plain: dict[str, Tensor], centered: dict[str,
     """Centred products are the plain ones less one vector for all tokens, that of the definition."""
     for name, layer in model.named_modules():
         if isinstance(layer, IdLoraLayer):
-            m = layer.idlora_mean["default"][layer.idlora_index["default"].long()].sum(0)
+            adapter = layer.idlora_adapter["default"]
+            m = adapter.mean[adapter.index.long()].sum(0)
             torch.testing.assert_close(centered[name], plain[name] - m, rtol=1e-3, atol=1e-3 * float(m.abs().max()))
 
 

@@ -115,7 +115,7 @@ def start_routers(model: nn.Module, start: Callable[[Tensor, Tensor, int, int], 
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, IdLoraLayer):
-            router, index = layer.idlora_router["default"], layer.idlora_index["default"]
+            router, index = layer.idlora_adapter["default"].router, layer.idlora_adapter["default"].index
             norms = layer.get_base_weight()[index.long()].norm(dim=-1)
             router.copy_(start(torch.randn(router.shape, generator=generator), norms, *index.shape))
 

@@ -35,6 +35,4 @@ __all__ = [
     "to_lora",
 ]
 
-patches.teach_trainer()
-patches.teach_accelerate()
-patches.teach_refusals()
+patches.patch()

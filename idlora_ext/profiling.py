@@ -32,14 +32,12 @@ def captured_shapes(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     shapes: list[dict[str, Any]] = []
 
     def record(module: IdLoraLayer, args: Any, y: Tensor) -> None:
-        for adapter in () if module.disable_adapters or module.merged else module.active_adapters:
-            if adapter not in module.idlora_B:
-                continue
-            index, router, B = module._tensors(adapter, y.dtype)
+        for adapter in module.adapters_at_work():
+            index, router, B = adapter.tensors(y.dtype)
             d, (k, r) = y.shape[-1], index.shape
             shape = {"layer": module.name, "N": y.numel() // d, "d": d, "k": k, "r": r, "s": d // B.shape[0]}
             shape |= {"shared_router": router.shape[0] == 1, "static_router": router.ndim == 1}
-            shape |= {"bounded": module.bounded[adapter], "row_scale": adapter in module.idlora_row_scale}
+            shape |= {"bounded": adapter.bounded, "row_scale": adapter.row_scale is not None}
             for key, tensor in (("dtype", y), ("router_dtype", router), ("B_dtype", B)):
                 shape[key] = str(tensor.dtype).removeprefix("torch.")
             if shape not in shapes:

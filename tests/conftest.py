@@ -151,7 +151,7 @@ def randomize_adapter(model: nn.Module, adapter_name: str = "default", std: floa
     """Give B values, as training would: with B = 0 an adapter does nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_B.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.B"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 

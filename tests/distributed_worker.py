@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
-from idlora_ext.layer import layer
+from idlora_ext.layer import adapter as adapter_module
 from idlora_ext.layer.layer import IdLoraLayer
 
 SIZE = 4  # rows of the global batch
@@ -78,12 +78,14 @@ def train(model, steps=3, mine=True):
 def chosen_once(directory):
     """Which layers' rows this rank chose, and what it ended with."""
     clustered = []
-    original = layer.select_rows
-    layer.select_rows = lambda W, *args, **kwargs: clustered.append(W.data_ptr()) or original(W, *args, **kwargs)
+    original = adapter_module.select_rows
+    adapter_module.select_rows = lambda W, *args, **kwargs: (
+        clustered.append(W.data_ptr()) or original(W, *args, **kwargs)
+    )
     try:
         model = idlora_ext.apply(tiny_llama(), progress=False, **FIELDS)
     finally:
-        layer.select_rows = original
+        adapter_module.select_rows = original
     layers = {n: m for n, m in model.named_modules() if isinstance(m, IdLoraLayer)}
     names = [name for name, m in layers.items() if m.get_base_weight().data_ptr() in clustered]
     assert len(names) == len(clustered)
@@ -154,8 +156,8 @@ def first_batch(directory):
 def fsdp2(directory):
     model = adapted()
     seen = set()
-    original = layer.ops.adapt
-    layer.ops.adapt = lambda *args, **kwargs: seen.update(map(type, args[:4])) or original(*args, **kwargs)
+    original = adapter_module.ops.adapt
+    adapter_module.ops.adapt = lambda *args, **kwargs: seen.update(map(type, args[:4])) or original(*args, **kwargs)
     try:
         if dist.is_initialized():
             for block in model.model.layers:
@@ -163,7 +165,7 @@ def fsdp2(directory):
             fully_shard(model)
         result = train(model)
     finally:
-        layer.ops.adapt = original
+        adapter_module.ops.adapt = original
     result["types"] = sorted(t.__name__ for t in seen)
     result["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
     state = get_peft_model_state_dict(model)
@@ -173,7 +175,7 @@ def fsdp2(directory):
     with torch.no_grad():
         result["logits"] = model.eval()(**batch(9, mine=False)).logits
         for name, p in model.named_parameters():
-            if "idlora_B" in name:
+            if name.endswith(".B"):
                 p.zero_()
         idlora_ext.load(model, directory / "fsdp2", is_trainable=True)
         result["reloaded"] = model(**batch(9, mine=False)).logits

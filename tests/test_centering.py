@@ -26,6 +26,7 @@ from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from idlora_ext.layer.adapter import BaseOutput
 from idlora_ext.layer.centering import mean_over_tokens
 
 CENTERED = FIELDS | {"router": "static", "center": True}
@@ -44,7 +45,7 @@ def calibrated(kind="llama", **fields):
 
 
 def means_of(model):
-    return {name: layer.idlora_mean["default"].clone() for name, layer in layers_of(model).items()}
+    return {name: layer.idlora_adapter["default"].mean.clone() for name, layer in layers_of(model).items()}
 
 
 def outputs(model, *batches, gradients=False):
@@ -84,7 +85,7 @@ def test_centred_products_have_no_mean():
     model.train()(**inputs())
     for name, y0 in outputs(model, inputs()).items():
         layer = layers_of(model)[name]
-        x = layer._gather(y0, None, "default", None)
+        x = layer.idlora_adapter["default"].gather(BaseOutput(y0))
         torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]), **CLOSE)
 
 
@@ -205,9 +206,9 @@ def test_saved_before_training_it_is_still_to_be_taken(tmp_path, trained):
     assert all(same) if trained else not any(same)
     assert torch.equal(logits(again.eval()), logits(model.eval()))
     tensors = load_file(tmp_path / FILE)
-    name = next(name for name in tensors if name.endswith("idlora_mean"))
+    name = next(name for name in tensors if name.endswith("idlora_adapter.mean"))
     save_file(tensors | {name: tensors[name] + torch.inf}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="idlora_mean: entries must be finite"):
+    with pytest.raises(ValueError, match=r"idlora_adapter\.mean: entries must be finite"):
         idlora_ext.load(tiny_llama().double(), tmp_path)
 
 
@@ -286,7 +287,8 @@ def test_several_centred_adapters_merge_and_take_part_in_sums_and_mixed_batches(
     model.merge_adapter(["plain"])
     torch.testing.assert_close(logits(model), expected, **CLOSE)
     idlora_ext.remove(model, "static")
-    assert list(layer.centered) == list(layer.idlora_mean.keys()) == ["linear"]
+    assert [name for name, held in layer.idlora_adapter.items() if held.mean is not None] == ["linear"]
+    assert layer.centered
     original = MODELS["qwen2"]().double()
     for name, layer in layers_of(model).items():
         ours, theirs = layer.base_layer.state_dict(), original.get_submodule(name).state_dict()
@@ -358,6 +360,6 @@ def test_a_model_in_low_precision_and_buffers_that_are_cast(tmp_path):
 def test_empty_input_takes_no_mean():
     layer = idlora_ext.apply(nn.Sequential(nn.Linear(8, 16)), **CENTERED, target_modules=["0"], progress=False)[0]
     layer.train()(torch.zeros(0, 8))
-    assert layer.centered == {"default": False}
+    assert not layer.idlora_adapter["default"].mean_taken
     layer(torch.ones(3, 8))
-    assert layer.centered == {"default": True}
+    assert layer.idlora_adapter["default"].mean_taken

@@ -45,7 +45,7 @@ def no_clustering(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("rows were chosen while loading")
 
-    monkeypatch.setattr(idlora_ext.layer.layer, "select_rows", refuse)
+    monkeypatch.setattr(idlora_ext.layer.adapter, "select_rows", refuse)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -62,7 +62,7 @@ def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch)
     )
     tensors = load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.") for key in tensors)
-    monkeypatch.setattr(idlora_ext.layer.layer, "select_rows", None)  # loading never clusters
+    monkeypatch.setattr(idlora_ext.layer.adapter, "select_rows", None)  # loading never clusters
     loaded = LOADERS[loader](MODELS[kind](), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if "idlora" in n)
@@ -152,11 +152,11 @@ def test_float32_adapters_of_bfloat16_models_keep_every_digit(loader, tmp_path):
     idlora_ext.calibrate(model, [inputs()], progress=False)
     randomize_adapter(model).save_pretrained(tmp_path)
     saved = load_file(tmp_path / WEIGHTS)
-    assert saved[LAYER + "idlora_B"].dtype == saved[LAYER + "idlora_mean"].dtype == torch.float32
+    assert saved[LAYER + "idlora_adapter.B"].dtype == saved[LAYER + "idlora_adapter.mean"].dtype == torch.float32
     loaded = LOADERS[loader](tiny_llama().bfloat16(), tmp_path)
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in loaded.state_dict().items()}
     for name, tensor in saved.items():
-        there = tensors[name.removeprefix("base_model.model.") + ".default"]
+        there = tensors[name.removeprefix("base_model.model.").replace("idlora_adapter", "idlora_adapter.default")]
         assert there.dtype == tensor.dtype, name
         assert torch.equal(there, tensor), name
     assert torch.equal(logits(loaded), logits(model))
@@ -176,18 +176,18 @@ def edit(change):
 
 def set_index(values):
     def change(tensors):
-        index = tensors[LAYER + "idlora_index"]
+        index = tensors[LAYER + "idlora_adapter.index"]
         index.view(-1)[: len(values)] = torch.tensor(values, dtype=torch.int32)
 
     return edit(change)
 
 
 def rename(tensors):
-    tensors[LAYER.replace("q_proj", "x_proj") + "idlora_B"] = tensors[LAYER + "idlora_B"].clone()
+    tensors[LAYER.replace("q_proj", "x_proj") + "idlora_adapter.B"] = tensors[LAYER + "idlora_adapter.B"].clone()
 
 
 def shorten(tensors):
-    tensors[LAYER + "idlora_B"] = tensors[LAYER + "idlora_B"][:-1].clone()
+    tensors[LAYER + "idlora_adapter.B"] = tensors[LAYER + "idlora_adapter.B"][:-1].clone()
 
 
 def edit_config(**values):
@@ -199,18 +199,18 @@ def edit_config(**values):
 
 
 DEFECTS = {
-    "missing B": (edit(lambda t: t.pop(LAYER + "idlora_B")), r"lacks 1 tensors.*q_proj.idlora_B"),
-    "missing index": (edit(lambda t: t.pop(LAYER + "idlora_index")), r"lacks 1 tensors.*q_proj.idlora_index"),
-    "missing fingerprint": (edit(lambda t: t.pop(LAYER + "idlora_fingerprint")), r"lacks 1 tensors"),
-    "extra": (edit(rename), r"1 tensors that the model has no place for.*x_proj.idlora_B"),
+    "missing B": (edit(lambda t: t.pop(LAYER + "idlora_adapter.B")), r"lacks 1 tensors.*q_proj.idlora_adapter.B"),
+    "missing index": (edit(lambda t: t.pop(LAYER + "idlora_adapter.index")), r"lacks 1 tensors.*q_proj.idlora_adapter.index"),
+    "missing fingerprint": (edit(lambda t: t.pop(LAYER + "idlora_adapter.fingerprint")), r"lacks 1 tensors"),
+    "extra": (edit(rename), r"1 tensors that the model has no place for.*x_proj.idlora_adapter.B"),
     "foreign": (edit(lambda t: t.update(foo=torch.zeros(2))), r"no place for: foo"),
-    "wrong shape": (edit(shorten), r"q_proj.idlora_B: the file has shape \[31, 4\], the model \[32, 4\]"),
-    "out of range": (set_index([64]), r"q_proj.idlora_index: entries must lie in \[0, 64\), got 0 to 64|entries must lie in \[0, 64\)"),
+    "wrong shape": (edit(shorten), r"q_proj.idlora_adapter.B: the file has shape \[31, 4\], the model \[32, 4\]"),
+    "out of range": (set_index([64]), r"q_proj.idlora_adapter.index: entries must lie in \[0, 64\), got 0 to 64|entries must lie in \[0, 64\)"),
     "negative": (set_index([-1]), r"entries must lie in \[0, 64\), got -1"),
-    "duplicate": (set_index([3, 3]), "q_proj.idlora_index: entries must be distinct"),
-    "float index": (edit(lambda t: t.update({LAYER + "idlora_index": t[LAYER + "idlora_index"].float()})), "idlora_index: the file has torch.float32"),
+    "duplicate": (set_index([3, 3]), "q_proj.idlora_adapter.index: entries must be distinct"),
+    "float index": (edit(lambda t: t.update({LAYER + "idlora_adapter.index": t[LAYER + "idlora_adapter.index"].float()})), "idlora_adapter.index: the file has torch.float32"),
     "more layers in the configuration": (edit_config(target_modules=["q_proj", "k_proj", "v_proj"]), r"lacks 16 tensors.*k_proj"),
-    "other rank in the configuration": (edit_config(r=16), r"idlora_\w+: the file has shape"),
+    "other rank in the configuration": (edit_config(r=16), r"idlora_adapter\.\w+: the file has shape"),
     "not safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"no"), "not a readable safetensors file|Error|header"),
 }  # fmt: skip
 

@@ -130,7 +130,7 @@ def test_inspect_row_statistics(
     assert len(layers) == 14
     for layer in layers:
         module = loaded.get_submodule(layer["name"])
-        W, index = module.weight.detach().double(), module.idlora_index["default"].long()
+        W, index = module.weight.detach().double(), module.idlora_adapter["default"].index.long()
         A, found = W[index.flatten()], layer["rows"]
         residual = W - W @ torch.linalg.pinv(A, rtol=1e-6) @ A
         assert found["spanned"] == pytest.approx(1 - float(residual.square().sum() / W.square().sum()), abs=1e-5)

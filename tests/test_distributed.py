@@ -77,7 +77,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_nothing_is_changed(records):
 
 def test_ranks_with_other_layers_choose_their_own(records):
     one, *two = records("different_layers")
-    assert not torch.equal(*(one[stage]["model.layers.0.mlp.up_proj.idlora_index.default"] for stage in (0, 1)))
+    assert not torch.equal(*(one[stage]["model.layers.0.mlp.up_proj.idlora_adapter.default.index"] for stage in (0, 1)))
     for rank, record in enumerate(two):
         assert_equal(record[rank], one[rank])
 
@@ -100,7 +100,7 @@ def test_training_on_two_ranks_is_training_on_one(records, kind):
 
 def test_the_mean_is_over_the_tokens_of_all_ranks(records):
     one, *two = records("ddp_first_batch")
-    means = {name: tensor for name, tensor in one["adapter"].items() if "idlora_mean" in name}
+    means = {name: tensor for name, tensor in one["adapter"].items() if name.endswith(".mean")}
     assert len(means) == 14
     assert all(mean.any() for mean in means.values())
     for record in two:

@@ -113,7 +113,7 @@ def test_an_expert_is_the_papers_equation(make, shared):
         layer = experts.get_submodule(f"{expert}.{name}")
         W = getattr(base, name)[expert]
         bias = getattr(base, name + "_bias")[expert] if base.has_bias else None
-        tensors = (getattr(layer, n)["default"] for n in ("idlora_index", "idlora_router", "idlora_B"))
+        tensors = (getattr(layer.idlora_adapter["default"], n) for n in ("index", "router", "B"))
         return reference.linear(h, W.T if base.is_transposed else W, bias, *tensors, 0.5)
 
     expected = torch.zeros_like(h)
@@ -163,7 +163,7 @@ def test_trains_saves_and_reloads_by_every_door(kind, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.03
     experts = {n: m for n, m in layers_of(model).items() if ".experts." in n}
-    assert all(layer.idlora_B["default"].abs().sum() > 0 for layer in experts.values())
+    assert all(layer.idlora_adapter["default"].B.abs().sum() > 0 for layer in experts.values())
     trained = logits(model.eval())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(idlora_ext.load(MOES[kind](), tmp_path)), trained)
@@ -387,5 +387,5 @@ def test_a_list_of_experts_is_adapted_like_any_layers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(h).sum().backward()
-    gradients = [layer.idlora_B["default"].grad.abs().sum().item() for layer in layers_of(model).values()]
+    gradients = [layer.idlora_adapter["default"].B.grad.abs().sum().item() for layer in layers_of(model).values()]
     assert sum(g > 0 for g in gradients) == 1

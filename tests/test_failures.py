@@ -104,10 +104,10 @@ def test_interrupting_the_clustering_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    from idlora_ext.layer import layer
+    from idlora_ext.layer import adapter as adapter_module
 
-    original = layer.select_rows
-    monkeypatch.setattr(layer, "select_rows", interrupted)
+    original = adapter_module.select_rows
+    monkeypatch.setattr(adapter_module, "select_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         idlora_ext.apply(model, **FIELDS)
     assert state_of(model) == before

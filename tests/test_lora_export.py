@@ -102,8 +102,8 @@ def test_the_tensors_are_the_equation(tmp_path):
     for name, layer in layers_of(model).items():
         A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
         assert A.dtype == B.dtype == torch.float32
-        a, small = layer.idlora_router["default"], layer.idlora_B["default"]
-        index = layer.idlora_index["default"].long()
+        a, small = layer.idlora_adapter["default"].router, layer.idlora_adapter["default"].B
+        index = layer.idlora_adapter["default"].index.long()
         W = layer.base_layer.weight.double()
         torch.testing.assert_close(A.double(), sum(a[i] * W[index[i]] for i in range(2)), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(B, 0.7 * torch.block_diag(small, small))
@@ -143,7 +143,7 @@ def test_refused_before_anything_is_written(tmp_path, broken):
     elif broken == "no adapter":
         name, match = "x", "the model has no ID-LoRA adapter 'x'"
     elif broken == "pending":
-        next(iter(layers_of(model).values())).pending.add("default")
+        next(iter(layers_of(model).values())).idlora_adapter["default"].pending = True
         match = "has no rows yet"
     else:
         from transformers import MixtralConfig, MixtralForCausalLM

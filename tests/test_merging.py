@@ -22,7 +22,7 @@ def trained(model, adapter_name="default", seed=1):
     randomize_adapter(model, adapter_name, std=0.2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.router"):
             parameter.data.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -78,8 +78,8 @@ def test_the_sum_is_rounded_once(dtype):
         W = originals[name].double()
         delta = torch.zeros_like(W)
         for adapter in ("default", "second"):
-            index, B = layer.idlora_index[adapter].long(), layer.idlora_B[adapter].double()
-            a = layer.idlora_router[adapter].double().expand(2)
+            index, B = layer.idlora_adapter[adapter].index.long(), layer.idlora_adapter[adapter].B.double()
+            a = layer.idlora_adapter[adapter].router.double().expand(2)
             delta += torch.block_diag(B, B) @ sum(a[i] * W[index[i]] for i in range(2))
         exact, weight = W + delta, layer.base_layer.weight
         assert weight.dtype == dtype
@@ -118,8 +118,9 @@ def test_adding_loading_and_saving_while_merged_read_the_original(tmp_path, rout
     fresh = idlora_ext.apply(tiny_llama().double(), second)
     for name, layer in layers_of(model).items():
         other = layers_of(fresh)[name]
-        for kind in ("idlora_index", "idlora_router", "idlora_fingerprint"):
-            assert torch.equal(getattr(layer, kind)["second"], getattr(other, kind)["default"])
+        for kind in ("index", "router", "fingerprint"):
+            one, two = layer.idlora_adapter["second"], other.idlora_adapter["default"]
+            assert torch.equal(getattr(one, kind), getattr(two, kind))
     assert torch.equal(logits(idlora_ext.load(tiny_llama().double(), tmp_path)), expected)
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
@@ -168,7 +169,7 @@ def test_refused_before_any_layer_changes(method):
     refused(model, "should be a list of strings", TypeError, adapter_names="default")
     last = list(layers_of(model).values())[-1]
     with torch.no_grad():
-        last.idlora_B["default"][0, 0] = torch.inf
+        last.idlora_adapter["default"].B[0, 0] = torch.inf
     refused(
         model,
         f"layer '{last.name}': NaNs detected in the merged weights. The adapter default seems to be broken",
@@ -218,7 +219,7 @@ def test_float16_overflow_is_found_by_safe_merge():
     model = adapted(dtype=torch.float16)
     layer = next(iter(layers_of(model).values()))
     with torch.no_grad():
-        layer.idlora_B["default"].fill_(1e7)
+        layer.idlora_adapter["default"].B.fill_(1e7)
     with pytest.raises(ValueError, match="float16 does not hold the sum"):
         model.merge_adapter(safe_merge=True)
 

@@ -125,7 +125,7 @@ def test_set_requires_grad(row):
     add(model, row, "blue", seed=2)
 
     def trainable() -> set[str]:
-        return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+        return {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
 
     assert trainable() == {"red"}
     model.set_requires_grad("red", requires_grad=False)
@@ -258,7 +258,7 @@ def test_autocast_adapter_dtype(row, dtype, tmp_path):
         pytest.skip("bitsandbytes casts no model")
 
     def dtypes(model: nn.Module, adapter_name: str = "default") -> set[torch.dtype]:
-        return {p.dtype for name, p in model.named_parameters() if name.endswith(f".{adapter_name}")}
+        return {p.dtype for name, p in model.named_parameters() if f".{adapter_name}." in name}
 
     assert dtypes(get_peft_model(row.make().to(dtype), settings(row))) == {torch.float32}
     model = get_peft_model(row.make().to(dtype), settings(row), autocast_adapter_dtype=False)
@@ -276,7 +276,9 @@ def test_state_dictionaries(row):
     state = get_peft_model_state_dict(model, adapter_name="red")
     assert not any("red" in name or "blue" in name for name in state)
     layer = f"base_model.model.{row.layer}"
-    assert {f"{layer}.{part}" for part in ("idlora_index", "idlora_router", "idlora_B")} <= set(state)
+    assert {f"{layer}.{part}" for part in ("idlora_adapter.index", "idlora_adapter.router", "idlora_adapter.B")} <= set(
+        state
+    )
     assert any(f".{row.head}." in name for name in state)
     from_state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name="red")
     assert from_state.keys() == state.keys()
@@ -366,7 +368,7 @@ def test_scales(row):
     expected, layers = output(model), layers_of(model).values()
 
     def scalings(name: str) -> set[float]:
-        return {layer.scaling[name] for layer in layers if name in layer.scaling}
+        return {layer.idlora_adapter[name].scaling for layer in layers if name in layer.idlora_adapter}
 
     def each(method: str, *arguments: Any) -> tuple[set[float], set[float]]:
         for layer in layers:

@@ -29,12 +29,12 @@ def test_the_users_configuration_is_the_models_and_serves_again(tmp_path):
     for other in (config, copy.deepcopy(config)):
         bert = get_peft_model(tiny_bert(), other)  # "all-linear" of another model
         assert len(layers_of(bert)) == 13
-        assert not any(layer.pending for layer in layers_of(bert).values())
+        assert not any(layer.idlora_adapter["default"].pending for layer in layers_of(bert).values())
     model.add_adapter("second", config)
     model.add_adapter("third", dataclasses.replace(config, r=4))
     for layer in layers_of(model).values():
-        assert {*layer.idlora_B} == {"default", "second", "third"}
-        assert not layer.pending
+        assert {*layer.idlora_adapter} == {"default", "second", "third"}
+        assert not any(adapter.pending for adapter in layer.idlora_adapter.values())
     resolved = copy.deepcopy(config)
     idlora_ext.apply(tiny_bert(), config)
     assert config == resolved  # apply copies

@@ -98,7 +98,7 @@ def test_a_weight_that_is_not_finite_is_an_error_and_nothing_changes(selection):
 def test_layers_get_the_selected_rows(selection):
     model = idlora_ext.apply(tiny_llama(), **FIELDS | {"selection": selection})
     for layer in layers_of(model).values():
-        index = layer.idlora_index["default"]
+        index = layer.idlora_adapter["default"].index
         W = layer.get_base_weight()
         assert torch.equal(index, select_rows(W, 2, 8, selection=selection, seed=zlib.crc32(layer.name.encode(), 0)))
         assert index.unique().numel() == 16

@@ -85,7 +85,7 @@ def compiled():
 
     def gradients(layer):
         y = layer(h)
-        return y, *torch.autograd.grad(y.square().sum(), (h, layer.idlora_B["default"]))
+        return y, *torch.autograd.grad(y.square().sum(), (h, layer.idlora_adapter["default"].B))
 
     without = gradients(first)
     with profiling.nvtx_ranges():

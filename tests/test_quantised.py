@@ -167,7 +167,7 @@ def test_layers_are_base_output_and_adapter_on_it_alone(quantised):
         model.eval()
         assert read.call_count == len(layers)
     for layer in layers.values():
-        index, router, B = (getattr(layer, n)["default"] for n in ("idlora_index", "idlora_router", "idlora_B"))
+        index, router, B = (getattr(layer.idlora_adapter["default"], n) for n in ("index", "router", "B"))
         assert router.dtype == B.dtype == torch.float32
         h = torch.randn(5, layer.in_features)
         y0 = layer.base_layer(h)
@@ -192,7 +192,7 @@ def test_rows_are_chosen_from_the_dequantised_weights(quantised):
         true = exact.get_submodule(name).weight
         assert (W - true).norm() < 0.25 * true.norm()
         seed = zlib.crc32(name.encode(), 0)
-        assert torch.equal(select_rows(W, 4, 8, seed=seed), layer.idlora_index["default"])
+        assert torch.equal(select_rows(W, 4, 8, seed=seed), layer.idlora_adapter["default"].index)
         # what any layer that returns h W^T + b can be asked; bitsandbytes' 8 bits quantise the unit vectors too
         through = weight.read_through(layer.get_base_layer())
         torch.testing.assert_close(through, W.float(), rtol=1e-2, atol=2e-3)
@@ -342,7 +342,7 @@ def test_loaded_from_gguf(tmp_path):
     assert torch.equal(logits(model.eval()), untouched)
     ids = torch.arange(20)[None]
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert all(layer.idlora_B["default"].grad.any() for layer in layers_of(model).values())
+    assert all(layer.idlora_adapter["default"].B.grad.any() for layer in layers_of(model).values())
     expected = logits(randomize_adapter(model, std=0.3).eval())
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()

@@ -32,7 +32,7 @@ def trained(model, adapter_name="default"):
     randomize_adapter(model, adapter_name, std=0.2)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.router"):
             parameter.data.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -43,11 +43,11 @@ def test_layers_follow_the_equation(kind, shared):
     model = idlora_ext.apply(MODELS[kind]().double(), **fields_for(kind, router="static", shared_router=shared))
     layers = layers_of(model)
     for layer in layers.values():
-        router = layer.idlora_router["default"]
+        router = layer.idlora_adapter["default"].router
         assert torch.equal(router, torch.ones(1 if shared else 2))
         assert router.requires_grad
     for name, layer in layers_of(trained(model)).items():
-        index, router, B = layer._tensors("default", torch.float64)
+        index, router, B = layer.idlora_adapter["default"].tensors(torch.float64)
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         expected = reference.linear(h, layer.get_base_weight(), layer.base_layer.bias, index, router, B)
         torch.testing.assert_close(layer(h), expected, rtol=1e-10, atol=1e-10, msg=name)
@@ -73,7 +73,7 @@ def test_training_moves_the_constants(shared, dropout):
     losses = training_losses(model)
     assert losses[-1] < losses[0] - 0.1
     for layer in layers_of(model).values():
-        assert (layer.idlora_router["default"] != 1).all()
+        assert (layer.idlora_adapter["default"].router != 1).all()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -103,7 +103,9 @@ def test_beside_a_linear_router_summed_and_in_a_mixed_batch():
     layer = next(iter(layers_of(model).values()))
     h = torch.randn(4, layer.in_features, dtype=torch.float64)
     y0 = layer.base_layer(h)
-    update = sum(reference.adapt(y0, *layer._tensors(name, y0.dtype)) - y0 for name in ("static", "linear"))
+    update = sum(
+        reference.adapt(y0, *layer.idlora_adapter[name].tensors(y0.dtype)) - y0 for name in ("static", "linear")
+    )
     torch.testing.assert_close(layer(h), y0 + update, rtol=1e-9, atol=1e-9)
 
 
@@ -112,7 +114,7 @@ def test_summary_and_inspection():
     summary = idlora_ext.summary(model)
     assert summary.router_parameters == 2 * len(summary.rows)
     for name, statistics in alpha_statistics(model, [[1, 2, 3]]).items():
-        router = layers_of(model)[name].idlora_router["default"]
+        router = layers_of(model)[name].idlora_adapter["default"].router
         assert statistics["mean"] == pytest.approx(router.tolist(), rel=1e-6)
         assert statistics["std"] == pytest.approx([0, 0], abs=1e-3)
 

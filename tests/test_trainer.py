@@ -83,7 +83,7 @@ def test_best_model_is_loaded_at_the_end(door, tmp_path):
     last = idlora_ext.load(tiny_llama(), tmp_path / "checkpoint-12")
     assert torch.equal(logits(run.model.eval()), logits(best))
     assert not torch.equal(logits(best), logits(last))
-    assert all(layer.idlora_B["default"].requires_grad for layer in layers_of(run.model).values())
+    assert all(layer.idlora_adapter["default"].B.requires_grad for layer in layers_of(run.model).values())
 
 
 def test_a_defective_checkpoint_is_not_resumed_from(tmp_path):
@@ -113,7 +113,7 @@ def test_every_kind_of_model_learns_saves_and_reloads(kind, tmp_path):
     run.train_dataset = data
     run.train()
     assert sum(losses(run)[-3:]) < sum(losses(run)[:3])
-    assert all(layer.idlora_B["default"].abs().sum() > 0 for layer in layers_of(model).values())
+    assert all(layer.idlora_adapter["default"].B.abs().sum() > 0 for layer in layers_of(model).values())
     model.save_pretrained(tmp_path / "adapter")
     reloaded = idlora_ext.load(MODELS[kind](), tmp_path / "adapter")
     assert torch.equal(logits(reloaded), logits(model.eval()))

@@ -60,7 +60,7 @@ def adapted(**settings):
     model = fresh(**settings)
     model(torch.randn(8, 10).double())  # the batch that a mean is taken from
     for name, parameter in model.named_parameters():
-        if "idlora_B" in name:
+        if name.endswith(".B"):
             nn.init.normal_(parameter)
     return model
 
@@ -110,9 +110,11 @@ def test_a_transform_does_not_take_a_mean():
         jvp(model, (rows,), (rows,))
     with pytest.raises(ValueError, match=r"layer '0'.*calibrate"):
         of_each(rows)
-    assert not model[0].idlora_mean["default"].any()
+    assert not model[0].idlora_adapter["default"].mean.any()
     model(rows)
-    model[0].centered["default"] = False  # as after loading: a mean is there, and not known to have been taken
+    model[0].idlora_adapter[
+        "default"
+    ].mean_taken = False  # as after loading: a mean is there, and not known to have been taken
     torch.testing.assert_close(jvp(model, (rows,), (rows,))[0], model(rows))
     assert of_each(rows).shape == rows.shape
 

@@ -49,10 +49,10 @@ def test_every_door_adapts_every_linear_layer(kind, door):
     adapted = DOORS[door](model, **fields_for(kind))
     layers = layers_of(adapted)
     assert set(layers) == targets
-    assert all(layer.idlora_B["default"].count_nonzero() == 0 for layer in layers.values())
-    assert all(layer.idlora_router["default"].count_nonzero() for layer in layers.values())
+    assert all(layer.idlora_adapter["default"].B.count_nonzero() == 0 for layer in layers.values())
+    assert all(layer.idlora_adapter["default"].router.count_nonzero() for layer in layers.values())
     trainable = {n for n, p in adapted.named_parameters() if p.requires_grad and "classifier" not in n}
-    assert all("idlora_router" in n or "idlora_B" in n for n in trainable)
+    assert all(n.endswith(".router") or n.endswith(".B") for n in trainable)
     assert len(trainable) == 2 * len(targets)
     biased = any(layer.bias is not None for layer in layers.values())
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4 if biased else 0, atol=1e-4 if biased else 0)
@@ -81,7 +81,7 @@ def test_adapted_layer_is_the_papers_equation(kind, shared):
         h = torch.randn(3, layer.in_features, dtype=torch.float64)
         W = layer.get_base_weight()
         assert W.shape == (layer.out_features, layer.in_features)
-        index, router, B = (getattr(layer, n)["default"] for n in ("idlora_index", "idlora_router", "idlora_B"))
+        index, router, B = (getattr(layer.idlora_adapter["default"], n) for n in ("index", "router", "B"))
         expected = reference.linear(h, W, layer.bias, index, router, B, 0.5)
         torch.testing.assert_close(layer(h), expected, rtol=1e-10, atol=1e-10)
         x = torch.einsum("nd,krd->nkr", h, W[index.long()])
@@ -118,8 +118,10 @@ def test_large_biases_do_not_reach_the_gathered_columns():
     model = randomize_adapter(idlora_ext.apply(nn.Sequential(linear), target_modules=["0"], **FIELDS))
     layer = model[0]
     h = torch.randn(100, 64, dtype=torch.bfloat16)
-    exact = torch.einsum("nd,krd->nkr", h.double(), linear.weight.double()[layer.idlora_index["default"].long()])
-    exact = (exact * layer.idlora_router["default"].double()).sum(-1)
+    exact = torch.einsum(
+        "nd,krd->nkr", h.double(), linear.weight.double()[layer.idlora_adapter["default"].index.long()]
+    )
+    exact = (exact * layer.idlora_adapter["default"].router.double()).sum(-1)
     assert (layer.alpha(h).double() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
@@ -270,8 +272,8 @@ def test_rank_pattern_and_seed():
     def router(seed):
         return layers_of(idlora_ext.apply(tiny_llama(), seed=seed, **FIELDS))["model.layers.0.self_attn.q_proj"]
 
-    assert torch.equal(router(1).idlora_router["default"], router(1).idlora_router["default"])
-    assert not torch.equal(router(1).idlora_router["default"], router(2).idlora_router["default"])
+    assert torch.equal(router(1).idlora_adapter["default"].router, router(1).idlora_adapter["default"].router)
+    assert not torch.equal(router(1).idlora_adapter["default"].router, router(2).idlora_adapter["default"].router)
 
 
 def test_clusters_pattern(tmp_path):
@@ -284,8 +286,8 @@ def test_clusters_pattern(tmp_path):
     assert sizes["0.mlp.up_proj"] == (2, 8)
     assert sizes["0.self_attn.v_proj"] == (8, 4)
     layer = layers_of(model)["model.layers.0.self_attn.q_proj"]
-    assert layer.idlora_index["default"].shape == layer.idlora_router["default"].shape == (4, 8)
-    assert layer.idlora_index["default"].unique().numel() == 32
+    assert layer.idlora_adapter["default"].index.shape == layer.idlora_adapter["default"].router.shape == (4, 8)
+    assert layer.idlora_adapter["default"].index.unique().numel() == 32
     idlora_ext.save(model, tmp_path)
     assert torch.equal(logits(idlora_ext.load(tiny_llama(), tmp_path)), logits(model))
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))

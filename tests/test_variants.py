@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
+from idlora_ext.layer.adapter import Adapter
 from idlora_ext.rows.row_scale import row_scale
 
 DEFAULT = "static, scaled pivoted rows, centred"
@@ -53,12 +54,12 @@ def trained(model, adapter_name="default"):
     randomize_adapter(model, adapter_name, std=0.2)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.router"):
             parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     for module in model.modules():
-        if adapter_name in getattr(module, "centered", {}):
-            module.idlora_mean[adapter_name].normal_(generator=generator)
-            module.centered[adapter_name] = True
+        if isinstance(module, Adapter) and module.name == adapter_name and module.mean is not None:
+            module.mean.normal_(generator=generator)
+            module.mean_taken = True
     return model
 
 
@@ -75,8 +76,7 @@ def stretched(model, seed=0):
 
 def options(layer, adapter="default"):
     """What the reference takes beside index, router and B."""
-    buffers = {name: dict(getattr(layer, f"idlora_{name}").items()).get(adapter) for name in ("row_scale", "mean")}
-    return buffers | {"bounded": layer.bounded[adapter]}
+    return {name: getattr(layer.idlora_adapter[adapter], name) for name in ("row_scale", "mean", "bounded")}
 
 
 def seed_of(layer):
@@ -85,7 +85,7 @@ def seed_of(layer):
 
 def expected(layer, h, adapter="default"):
     base = layer.get_base_layer()
-    tensors = layer._tensors(adapter, h.dtype)
+    tensors = layer.idlora_adapter[adapter].tensors(h.dtype)
     return reference.linear(h, layer.get_base_weight(), base.bias, *tensors, **options(layer, adapter))
 
 
@@ -95,13 +95,15 @@ def test_layers_follow_the_equation(kind, variant):
     for name, layer in layers_of(model).items():
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(layer(h), expected(layer, h), rtol=1e-9, atol=1e-9, msg=name)
-        index, router, _ = layer._tensors("default", h.dtype)
+        index, router, _ = layer.idlora_adapter["default"].tensors(h.dtype)
         c, mean = options(layer)["row_scale"], options(layer)["mean"]
         y0 = layer.base_layer(h)
         offset = mean if mean is not None else 0 * y0[0, 0] if layer.bias is None else layer.bias
         x = [(y0 - offset)[..., rows] * (1 if c is None else c[i]) for i, rows in enumerate(index.long())]
         for i in range(len(x)):
-            a_i = reference.alpha(x, i, router, layer.bounded["default"]).squeeze(-1).expand(3, 5).float()
+            a_i = (
+                reference.alpha(x, i, router, layer.idlora_adapter["default"].bounded).squeeze(-1).expand(3, 5).float()
+            )
             torch.testing.assert_close(layer.alpha(h)[..., i], a_i, rtol=1e-4, atol=1e-4)
 
 
@@ -111,7 +113,7 @@ def test_gradients(variant, dropout):
     model = stretched(nn.Sequential(nn.Linear(6, 16)).double())
     fields = {"r": 4, "num_clusters": 2, "target_modules": ["0"], "dropout": dropout, "progress": False}
     layer = trained(idlora_ext.apply(model, **fields | variant))[0]
-    names = ("idlora_router.default", "idlora_B.default")
+    names = ("idlora_adapter.default.router", "idlora_adapter.default.B")
     parameters = [layer.get_parameter(name).detach().requires_grad_() for name in names]
     h = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
@@ -121,7 +123,7 @@ def test_gradients(variant, dropout):
 
     assert torch.autograd.gradcheck(run, (h, *parameters))
     if not dropout:
-        W, b, index = layer.get_base_weight(), layer.get_base_layer().bias, layer.idlora_index["default"]
+        W, b, index = layer.get_base_weight(), layer.get_base_layer().bias, layer.idlora_adapter["default"].index
         g = torch.randn(3, 16, dtype=torch.float64)
         ours = torch.autograd.grad(run(h, *parameters), (h, *parameters), g)
         literal = reference.linear(h, W, b, index, *parameters, **options(layer))
@@ -133,8 +135,8 @@ def test_a_bounded_router_starts_at_one_and_goes_by_direction():
     model = idlora_ext.apply(tiny_llama().double(), **FIELDS | {"router": "bounded"})
     static = idlora_ext.apply(tiny_llama().double(), **FIELDS | {"router": "static"})
     for ours, theirs in zip(layers_of(model).values(), layers_of(static).values(), strict=True):
-        assert ours.idlora_router["default"].count_nonzero() == 0
-        assert torch.equal(ours.idlora_index["default"], theirs.idlora_index["default"])
+        assert ours.idlora_adapter["default"].router.count_nonzero() == 0
+        assert torch.equal(ours.idlora_adapter["default"].index, theirs.idlora_adapter["default"].index)
         h = torch.randn(3, ours.in_features, dtype=torch.float64)
         assert torch.equal(ours.alpha(h), torch.ones(3, 2))
     for start in (model, static):
@@ -158,8 +160,8 @@ def test_training_moves_what_is_trained(variant):
     losses = training_losses(model) + training_losses(model)
     assert losses[-1] < losses[0] - 0.1
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    kinds = (".idlora_router.", ".idlora_B.", ".idlora_mean.")  # a mean is taken once
-    assert moved == {name for name in before if any(kind in name for kind in kinds)}
+    kinds = (".router", ".B", ".mean")  # a mean is taken once
+    assert moved == {name for name in before if "idlora_adapter" in name and name.endswith(kinds)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,7 +190,7 @@ def test_compiles_to_one_graph(variant):
 def test_saved_and_loaded_bit_for_bit(tmp_path, variant):
     model = trained(idlora_ext.apply(stretched(tiny_llama()), **FIELDS | variant))
     idlora_ext.save(model, tmp_path)
-    has_scale = any(name.endswith("idlora_row_scale") for name in load_file(tmp_path / FILE))
+    has_scale = any(name.endswith("idlora_adapter.row_scale") for name in load_file(tmp_path / FILE))
     assert has_scale == variant.get("row_scale", False)
     for again in (
         idlora_ext.load(stretched(tiny_llama()), tmp_path),
@@ -204,7 +206,7 @@ def test_files_that_mean_something_else_are_refused(tmp_path):
     )
     for fields, message in (
         ({"router": "linear", "row_scale": True}, "the file's router is bounded, that of adapter 'default'"),
-        ({"router": "bounded"}, r"14 tensors that the model has no place for: .*down_proj.idlora_row_scale"),
+        ({"router": "bounded"}, r"14 tensors that the model has no place for: .*down_proj.idlora_adapter.row_scale"),
     ):
         model = idlora_ext.apply(tiny_llama(), **FIELDS | fields)
         before = logits(model)
@@ -212,12 +214,12 @@ def test_files_that_mean_something_else_are_refused(tmp_path):
             idlora_ext.load(model, tmp_path)
         assert torch.equal(logits(model), before)
     tensors = load_file(tmp_path / FILE)
-    name = next(name for name in tensors if name.endswith("idlora_row_scale"))
+    name = next(name for name in tensors if name.endswith("idlora_adapter.row_scale"))
     save_file(tensors | {name: tensors[name].index_fill(0, torch.tensor([1]), torch.nan)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="idlora_row_scale: entries must be finite and not negative"):
+    with pytest.raises(ValueError, match=r"idlora_adapter\.row_scale: entries must be finite and not negative"):
         idlora_ext.load(tiny_llama(), tmp_path)
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / FILE)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors that the model needs: .*idlora_row_scale"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors that the model needs: .*idlora_adapter.row_scale"):
         idlora_ext.load(tiny_llama(), tmp_path)
 
 
@@ -267,19 +269,23 @@ def test_mixed_batch_sum_and_removal():
     update = sum(expected(layer, h, name) - y0 for name in names)
     torch.testing.assert_close(layer(h), y0 + update, rtol=1e-9, atol=1e-9)
     idlora_ext.remove(model, "bounded")
-    assert "bounded" not in layer.bounded
-    assert list(layer.idlora_row_scale.keys()) == ["static"]
+    assert "bounded" not in layer.idlora_adapter
+    assert [name for name, held in layer.idlora_adapter.items() if held.row_scale is not None] == ["static"]
 
 
 def test_scaled_rows_have_the_median_norm():
     for layer in layers_of(idlora_ext.apply(stretched(tiny_llama()), **FIELDS | {"row_scale": True})).values():
-        W, index, c = layer.get_base_weight(), layer.idlora_index["default"], layer.idlora_row_scale["default"]
+        W, index, c = (
+            layer.get_base_weight(),
+            layer.idlora_adapter["default"].index,
+            layer.idlora_adapter["default"].row_scale,
+        )
         assert c.dtype == torch.float32
         torch.testing.assert_close(c, reference.row_scale(W, index), rtol=1e-6, atol=0)
         norms = (c[..., None] * W[index.long()]).norm(dim=-1)
         torch.testing.assert_close(norms[norms > 0], norms.max().expand(int((norms > 0).sum())))
         n = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed_of(layer)))  # the linear router's start
-        torch.testing.assert_close(layer.idlora_router["default"], n / (norms.mean(0, keepdim=True) * 16**0.5))
+        torch.testing.assert_close(layer.idlora_adapter["default"].router, n / (norms.mean(0, keepdim=True) * 16**0.5))
 
 
 def test_rows_of_zeros_and_of_rounding_errors_have_no_direction():
@@ -316,17 +322,18 @@ def test_the_paper_stays_one_argument_away():
     with pytest.raises(ValueError, match=r"shared_router must be True with router='bounded', .* got False"):
         IdLoraConfig(router="bounded", shared_router=False)
     model = idlora_ext.apply(tiny_llama(), preset="paper", r=8, num_clusters=2)
-    assert {layer.idlora_router["default"].shape for layer in layers_of(model).values()} == {(1, 8)}
+    assert {layer.idlora_adapter["default"].router.shape for layer in layers_of(model).values()} == {(1, 8)}
     assert torch.equal(logits(model), logits(tiny_llama()))
 
 
 def test_the_preset_does_not_follow_the_defaults(monkeypatch):
     """As if the defaults had become others."""
-    defaults = list(IdLoraConfig.__init__.__defaults__)
+    fields_alone = IdLoraConfig.__init__.__wrapped__
+    defaults = list(fields_alone.__defaults__)
     names = [f.name for f in dataclasses.fields(IdLoraConfig) if f.init]
     for name, value in {"router": "static", "selection": "random", "row_scale": True, "r": 16}.items():
         defaults[names.index(name)] = value
-    monkeypatch.setattr(IdLoraConfig.__init__, "__defaults__", tuple(defaults))
+    monkeypatch.setattr(fields_alone, "__defaults__", tuple(defaults))
     assert IdLoraConfig().router == "static"
     config = IdLoraConfig(preset="paper")
     assert (config.router, config.selection, config.row_scale, config.r) == ("linear", "nearest", False, 128)

@@ -41,7 +41,7 @@ def gradients(base: Experiment) -> dict[str, tuple[float, int, int]]:
         objectives.losses(model, rows[chosen]).mean().backward()
     found = {}
     for name, layer in layers.items():
-        B, index = layer.idlora_B["default"], layer.idlora_index["default"]
+        B, index = layer.idlora_adapter["default"].B, layer.idlora_adapter["default"].index
         assert B.grad is not None
         found[name] = (B.grad.abs().mean().item() / BATCHES, B.numel(), layer.out_features // len(index))
     return found

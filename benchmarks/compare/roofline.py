@@ -103,7 +103,7 @@ def count(method: str, batch: int, length: int) -> dict[str, float]:
     model = methods.apply(decoder(), adapter).to(torch.bfloat16)
     for module in model.modules():
         if isinstance(module, IdLoraLayer):
-            module.centered = dict.fromkeys(module.centered, True)  # a mean is taken in the first step only
+            module.idlora_adapter["default"].mean_taken = True  # a mean is taken in the first step only
     found: dict[str, float] = {"parameters": sum(p.numel() for p in trainable(model))}
     with FakeTensorMode(allow_non_fake_inputs=True):
         h = torch.zeros(batch, length, LLAMA_3_8B["hidden_size"], dtype=torch.bfloat16, requires_grad=True)

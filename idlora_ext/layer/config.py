@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
+import functools
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
 from peft import LoraConfig, PeftConfig, PeftType
@@ -25,7 +26,40 @@ _METHODS: dict[str, dict[str, Any]] = {
 
 _SIZES: dict[str, dict[str, Any]] = {"paper": {"r": 128, "num_clusters": 4, "rank_boost": 2, "scaling": 1.0}}
 
+FORMAT_VERSION = 1  # of adapter files: which tensors there are, what they mean, and how they are called
 
+
+def settings(preset: Preset | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a preset stands for, with what is given beside it.
+
+    Raises:
+        ValueError: there is no such preset, or an argument contradicts its method.
+    """
+    if preset is None:
+        return given
+    if preset not in _METHODS:
+        raise ValueError(f"IdLoraConfig: preset must be one of {', '.join(_METHODS)}, got {preset!r}")
+    for name, value in _METHODS[preset].items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"IdLoraConfig: preset={preset!r} means {name}={value!r}, got {given[name]!r}: leave one out"
+            )
+    return _SIZES[preset] | given | _METHODS[preset]
+
+
+def _with_presets(cls: type[IdLoraConfig]) -> type[IdLoraConfig]:
+    """Let the class take a preset. It yields to what is given, and only here is that told apart from a default."""
+    fields_alone: Any = cls.__init__
+
+    @functools.wraps(fields_alone)
+    def init(self: IdLoraConfig, *args: Any, preset: Preset | None = None, **given: Any) -> None:
+        fields_alone(self, *args, **settings(preset, given))
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_with_presets
 @dataclass
 class IdLoraConfig(PeftConfig):
     """Settings of an ID-LoRA adapter: ``y = y0 + scaling * concat_j(B z^(j))``, ``z = sum_i a_i x_i``, where the router
@@ -50,7 +84,7 @@ class IdLoraConfig(PeftConfig):
         selection: which rows become ``A_i = W[index_i]``: ``"pivoted_qr_whole"``: the first ``k * r`` pivots of a
             column-pivoted QR of ``W^T``, an interpolative decomposition, dealt out to ``k`` groups; ``"pivoted_qr"``:
             of each cluster ``W_i`` the first pivots of ``W_i^T``; ``"nearest"`` to each centroid (the paper), or its
-            ablations ``"sequential"`` and ``"random"``. See :func:`idlora_ext.clustering.select_rows`.
+            ablations ``"sequential"`` and ``"random"``. See :func:`idlora_ext.rows.selection.select_rows`.
         row_scale: ``x_ij = c_ij W[index_ij] h``, ``c_ij`` the median norm of the rows of ``W`` over that of this row:
             rows count by direction, not by length, which matters most where pivoting picks the outliers. The scale is
             saved with the adapter. False: the paper's.
@@ -74,8 +108,9 @@ class IdLoraConfig(PeftConfig):
         modules_to_save: further modules to train and save in full, such as a new classification head.
         trainable_token_indices: tokens whose embeddings are trained too: ids, or ids by the name of an embedding, as
             TRL asks for where a chat template adds tokens.
-        index_stored: the rows are in the adapter's file and are never chosen again. True in the configuration that is
-            saved with an adapter; set it to False to use such a one for a fresh adapter.
+        index_stored: the rows are in the adapter's file and are never chosen again. True in a configuration that was
+            saved; set it to False to use such a one for a fresh adapter.
+        format_version: of the adapter's file. One that is newer than this package is refused.
         base_mismatch: what loading does when a base layer is not the one the adapter was made from: ``"error"``, or
             ``"warn"``. An attribute to set, not an argument, and never in a file: only who loads may relax it.
         preset: ``"paper"``: the paper's own setting, whatever the defaults are: ``router="linear"``,
@@ -122,25 +157,20 @@ class IdLoraConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
     index_stored: bool = field(default=False, metadata={"help": "The chosen rows are in the adapter's file."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the adapter's file."})
     base_mismatch: BaseMismatch = field(
         default="error", init=False, metadata={"help": "On loading onto another base layer."}
     )
-    # Once rows have been chosen with it: target_modules as asked for, and as resolved.
-    made: tuple[Any, Any] | None = field(default=None, init=False, repr=False, compare=False)
-    preset: InitVar[Preset | None] = None
 
-    def __new__(cls, *args: Any, **given: Any) -> IdLoraConfig:
-        self = super().__new__(cls)
-        if given:  # a preset yields to what is given, and only here is that told apart from a default
-            self._given = given
-        return self
-
-    def __post_init__(self, preset: Preset | None) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
-        given: dict[str, Any] = self.__dict__.pop("_given", {})
-        if preset is not None:
-            self._use_preset(preset, given)
         self.peft_type = PeftType.IDLORA
+        self._require("format_version", "an integer >= 1", _is_int(self.format_version) and self.format_version >= 1)
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the adapter was saved by a newer idlora_ext, in format {self.format_version}; this one reads "
+                f"formats up to {FORMAT_VERSION}. Upgrade: pip install --upgrade idlora_ext."
+            )
         for name in ("r", "num_clusters", "rank_boost"):
             self._require(name, "an integer >= 1", _is_int(getattr(self, name)) and getattr(self, name) >= 1)
         self._require("seed", "an integer >= 0", _is_int(self.seed) and self.seed >= 0)
@@ -178,21 +208,9 @@ class IdLoraConfig(PeftConfig):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("IdLoraConfig: layers_pattern means nothing without layers_to_transform")
 
-    def _use_preset(self, preset: Preset, given: dict[str, Any]) -> None:
-        if preset not in _METHODS:
-            raise ValueError(f"IdLoraConfig: preset must be one of {', '.join(_METHODS)}, got {preset!r}")
-        for name, value in _METHODS[preset].items():
-            if given.get(name, value) != value:
-                raise ValueError(
-                    f"IdLoraConfig: preset={preset!r} means {name}={value!r}, got {given[name]!r}: leave one out"
-                )
-            setattr(self, name, value)
-        for name, value in _SIZES[preset].items():
-            setattr(self, name, given.get(name, value))
-
     def __getattr__(self, name: str) -> NoReturn:
         # For what was not found: libraries read fields of LoRA's of whatever configuration they are given.
-        own = ", which is LoRA's own: the README says what there is instead" if name in _LORA_FIELDS else ""
+        own = ", which is LoRA's own: docs/peft.md says what there is instead" if name in _LORA_FIELDS else ""
         raise AttributeError(f"IdLoraConfig has no {name}{own}", name=name, obj=self)
 
     def _require(self, name: str, expected: str, ok: bool, key: str | None = None) -> None:
@@ -201,28 +219,15 @@ class IdLoraConfig(PeftConfig):
             raise ValueError(f"IdLoraConfig: {name} must be {expected}, got {got!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is written to ``adapter_config.json``."""
-        values = super().to_dict()
-        del values["base_mismatch"], values["made"]
-        values["index_stored"] = self.index_stored or self.made is not None
+        """The configuration as it is written to ``adapter_config.json``, beside the rows that were chosen with it."""
+        values = super().to_dict() | {"index_stored": True}
+        del values["base_mismatch"]
         return values
 
     def sizes(self, layer: str) -> tuple[int, int]:
         """``(k, r)`` that a layer is to have: its pattern's, or everyone's."""
         k = self.clusters_pattern.get(get_pattern_key(self.clusters_pattern.keys(), layer), self.num_clusters)
         return k, self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
-
-    def begin(self) -> dict[str, Any]:
-        """Get ready for one more adapter; returns what a failure is to put back.
-
-        As for LoRA, a model holds the very object it is given (PEFT's task models change theirs, and rely on it), and
-        "all-linear" becomes the names of its layers there. A second adapter is made with what was asked for.
-        """
-        before = dict(vars(self))
-        if self.made is not None and self.made[1] == self.target_modules:
-            self.target_modules = self.made[0]
-        self.made = None
-        return before
 
 
 _LORA_FIELDS = LoraConfig.__dataclass_fields__

@@ -12,7 +12,6 @@ A centred adapter (``x_i = (W h + b - m)[index_i]``) also changes the bias, ``b'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import sharding
 from ..base.experts import ExpertLinear
-from ..base.peft_internals import BaseTunerLayer, check_adapters_to_merge
+from ..base.peft_internals import check_adapters_to_merge
 from ..base.weight import base_weight, is_quantised, stored
 from ..ops.fakes import accumulate
+from .layer import IdLoraLayer
 
 MERGE_REFUSED = (
     "with a linear or bounded router it cannot be merged, nor exported as a LoRA: its weights a_i depend on the token "
@@ -32,7 +32,7 @@ MERGE_REFUSED = (
 )
 
 
-class MergeableLayer(BaseTunerLayer):
+class MergeableLayer(IdLoraLayer):
     """The part of an adapted layer that PEFT's ``merge_adapter``, ``unmerge_adapter`` and ``merge_and_unload`` call.
 
     ``unmerged_weight [d, d_in]`` is a copy of ``W``, held while adapters are merged: it costs the memory of ``W`` once
@@ -40,44 +40,18 @@ class MergeableLayer(BaseTunerLayer):
     ``merge_and_unload`` holds it for one layer at a time. ``unmerged_bias [d]`` is the bias then, or None.
     """
 
-    name: str
-    unmerged_weight: Tensor | None = None
     unmerged_bias: Tensor | None = None
-    idlora_index: Any
-    idlora_row_scale: Any
-    idlora_mean: Any
-    idlora_router: Any
-    idlora_B: Any
-    scaling: dict[str, float]
-    merged_adapters: list[str]
-    quantization_backend: Any
 
-    def is_static(self, adapter_name: str) -> bool:
-        return self.idlora_router[adapter_name].ndim == 1
-
-    @torch.no_grad()
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``A = sum_i a_i A_i [r, d_in]``, ``scaling * B [d/s, r/s]`` and, of a centred adapter, the ``c [r]`` of
-        ``z = A h + c``, else None; float32 (float64 if ``W`` is).
+        """``A``, ``scaling * B`` and ``c`` of :meth:`idlora_ext.layer.adapter.Adapter.lora_factors`.
 
         Raises:
             ValueError: the router is not static.
         """
-        if not self.is_static(adapter_name):
+        adapter = self.idlora_adapter[adapter_name]
+        if not adapter.is_static:
             raise ValueError(f"layer {self.name!r}, adapter {adapter_name!r}: {MERGE_REFUSED}")
-        W, index = self.get_base_weight(), self.idlora_index[adapter_name].long()
-        dtype = accumulate(W.dtype)
-        a = self.idlora_router[adapter_name].to(dtype).expand(len(index)).unsqueeze(-1)
-        if adapter_name in self.idlora_row_scale:
-            a = a * self.idlora_row_scale[adapter_name].to(dtype)
-        A = torch.zeros(index.shape[1], W.shape[1], dtype=dtype, device=W.device)
-        for a_i, rows in zip(a, index, strict=True):
-            A.addcmul_(W[rows].to(dtype), a_i.unsqueeze(-1))
-        c = None
-        if adapter_name in self.idlora_mean:
-            b, m = self.get_base_bias(), self.idlora_mean[adapter_name].to(dtype)
-            c = (a * (-m if b is None else b.to(dtype) - m)[index]).sum(0)
-        return A, self.scaling[adapter_name] * self.idlora_B[adapter_name].to(dtype), c
+        return adapter.lora_factors(self.get_base_weight(), self.get_base_bias())
 
     def get_base_bias(self) -> Tensor | None:
         """``b [d]`` or None, without what is merged into it."""
@@ -104,7 +78,10 @@ class MergeableLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT converts a matrix alone, and a centred adapter also adds a constant; to_lora writes both.
-        return adapter_name in self.idlora_B and self.is_static(adapter_name) and adapter_name not in self.idlora_mean
+        if adapter_name not in self.idlora_adapter:
+            return False
+        adapter = self.idlora_adapter[adapter_name]
+        return adapter.is_static and adapter.mean is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to ``W`` (and ``b``), in place; ``forward`` is then the base layer alone.
@@ -114,13 +91,13 @@ class MergeableLayer(BaseTunerLayer):
             adapter_names: by default the active ones.
 
         Raises:
-            ValueError: see :func:`refuse`; ``W`` is as it was.
+            ValueError: see :func:`refuse_merge`; ``W`` is as it was.
         """
         check_adapters_to_merge(self, adapter_names)  # for its warnings
-        adapters = _new(self, adapter_names)
+        adapters = not_merged(self, adapter_names)
         if not adapters:
             return
-        refuse(self, adapters)
+        refuse_merge(self, adapters)
         weight, bias = merged_tensors(self, adapters, safe_merge)
         if self.unmerged_weight is None:
             before = self.get_base_bias()
@@ -149,7 +126,7 @@ class MergeableLayer(BaseTunerLayer):
 
 
 @torch.no_grad()
-def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
+def merged_tensors(layer: MergeableLayer, adapters: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
     """``W`` with ``adapters`` and those it holds already, added up in float32 and rounded once to its dtype; and so
     ``b``, or None if there is none and none is needed.
 
@@ -177,7 +154,7 @@ def merged_tensors(layer: Any, adapters: Sequence[str], safe: bool) -> tuple[Ten
 
 
 @torch.no_grad()
-def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+def _write(layer: MergeableLayer, weight: Tensor, bias: Tensor | None) -> None:
     """Make ``W`` and ``b`` of the base layer these; a bias that is None is taken away."""
     # Not `.data =`: the weight of an expert is a view, made anew at each access.
     base = layer.get_base_layer()
@@ -188,12 +165,12 @@ def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
         base.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
 
 
-def _new(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
+def not_merged(layer: MergeableLayer, adapter_names: Sequence[str] | None) -> list[str]:
     names = layer.active_adapters if adapter_names is None else adapter_names
-    return [a for a in dict.fromkeys(names) if a in layer.idlora_B and a not in layer.merged_adapters]
+    return [a for a in dict.fromkeys(names) if a in layer.idlora_adapter and a not in layer.merged_adapters]
 
 
-def refuse(layer: Any, adapters: Sequence[str]) -> None:
+def refuse_merge(layer: MergeableLayer, adapters: Sequence[str]) -> None:
     """Refuse to merge what a weight cannot hold.
 
     Raises:
@@ -202,7 +179,7 @@ def refuse(layer: Any, adapters: Sequence[str]) -> None:
     """
     layer.refuse_pending(adapters)
     for adapter in adapters:
-        if not layer.is_static(adapter):
+        if not layer.idlora_adapter[adapter].is_static:
             raise ValueError(f"layer {layer.name!r}, adapter {adapter!r}: {MERGE_REFUSED}")
     base = layer.get_base_layer()
     reason = None
@@ -216,7 +193,11 @@ def refuse(layer: Any, adapters: Sequence[str]) -> None:
         reason = "W is on the meta device (offloaded, or not loaded): load the model without offloading"
     elif is_parametrized(base):
         reason = "W is computed from other parameters: remove the parametrisation first, or keep the adapter attached"
-    elif isinstance(base, ExpertLinear) and base.bias is None and any(a in layer.idlora_mean for a in adapters):
+    elif (
+        isinstance(base, ExpertLinear)
+        and base.bias is None
+        and any(layer.idlora_adapter[a].mean is not None for a in adapters)
+    ):
         reason = (
             "a centred adapter changes the bias, and fused experts without one have no place for it: keep the adapter "
             "attached, or train one with center=False"

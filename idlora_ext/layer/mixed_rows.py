@@ -1,15 +1,17 @@
-"""The rows of a batch by adapter, and an adapted layer that runs each with its own."""
+"""The rows of a batch by adapter: what an adapted layer has to know to run each with its own.
+
+Rows are grouped by adapter once per call of the model. A layer runs its base layer on the whole batch, brings the rows
+of ``y0`` together (one ``index_select``), adapts every group as one contiguous slice, and puts the rows back. Nothing
+is moved if equal names lie next to one another already.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .layer import IdLoraLayer
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -68,34 +70,4 @@ class MixedBatch:
             f"Length of `adapter_names` should be the same as the number of inputs, but got {self.count} and {rows} "
             "respectively. Rows must be the entries of the batch: a layer that sees the batch flattened or in another "
             "order cannot tell whose they are, and beams or several returned sequences must be said (num_beams)."
-        )
-
-    def forward(self, layer: IdLoraLayer, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``h [batch, ..., d_in]`` to ``[batch, ..., d]``, every row as if it were run alone with its adapter."""
-        if layer.disable_adapters:  # as with PEFT's LoRA, that has precedence
-            return layer.base_layer(h, *args, **kwargs)
-        refuse_merged(layer)
-        groups = self.of(h)
-        if not any(name in layer.idlora_B for name, _ in groups.slices):
-            return layer.base_layer(h, *args, **kwargs)
-        y0, bias, bias_in_y0 = layer._base_output(h, *args, **kwargs)
-        if not groups.sorted:
-            order, inverse = groups.on(y0.device)
-            y0 = y0.index_select(0, order)
-        parts = []
-        for name, rows in groups.slices:
-            if name in layer.idlora_B:
-                parts.append(layer.adapt([name], y0[rows], bias, bias_in_y0))
-            elif bias is None or bias_in_y0:
-                parts.append(y0[rows])
-            else:  # not y0 + bias, which is rounded once more than the base layer's own output
-                parts.append(layer.base_layer(h[rows] if groups.sorted else h.index_select(0, order[rows])))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y if groups.sorted else y.index_select(0, inverse)
-
-
-def refuse_merged(layer: IdLoraLayer) -> None:
-    if layer.merged:
-        raise ValueError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layer.config import IdLoraConfig
 from ..tuner.model import IdLoraModel
-from ..tuner.restore import ModelState
+from ..tuner.restore import restored_on_failure
 from ..tuner.verify import forget_transformers_load
 
 
@@ -59,9 +59,7 @@ def apply(
     if config is None:  # made at once, as a preset yields to what is given and not to defaults
         config = IdLoraConfig(**fields, index_stored=False)
     else:
-        config = copy.deepcopy(config)
-        config.begin()
-        config = dataclasses.replace(config, **fields, index_stored=False)
+        config = dataclasses.replace(copy.deepcopy(config), **fields, index_stored=False)
     return inject(model, config, adapter_name, progress=progress)
 
 
@@ -74,21 +72,17 @@ def inject(
     progress: bool = True,
 ) -> nn.Module:
     """Put an adapter into a model, freshly chosen or from ``tensors``, and activate it; undo everything on failure."""
-    before = ModelState(model)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = vars(model).get("name_or_path") or None
     if tensors is None:
         _fit_to_task(config, model)
-    try:
+    with restored_on_failure(model):
         tuner = IdLoraModel(model, config, adapter_name, progress=progress)
         cast_adapter_dtype(model, adapter_name=adapter_name)
         if tensors is not None:
             set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
             forget_transformers_load(model)
         tuner.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    except BaseException:
-        before.restore()
-        raise
     if hasattr(type(model), "_hf_peft_config_loaded"):  # transformers: save_pretrained writes the adapter only
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     return model

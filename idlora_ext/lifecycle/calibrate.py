@@ -1,11 +1,4 @@
-"""``center``: the products with the chosen rows, less what they are on average over tokens.
-
-``x_i = (y0 - m)[index_i]``, ``m [d]`` the mean of the base output ``y0`` over the tokens of a calibration. The hidden
-states of language models have a large part that all tokens share, and in some layers nearly all of ``x`` is the product
-with it: there the update is first of all a constant added to ``y``, and a rate small enough for that one direction is
-too small for those that tell tokens apart. Centred products have only these. ``m`` is fixed, so nothing is added to
-what is trained, and gathering already subtracts a vector where a layer's bias is in ``y0``: it costs nothing.
-"""
+"""``calibrate``: the means of centred adapters, from batches that the user gives. What for: ``layer/centering.py``."""
 
 from __future__ import annotations
 
@@ -18,10 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base import sharding
-from ..layer import centering
-from ..layer.layer import IdLoraLayer
+from ..layer.centering import token_sums
 from ..tuner.hooks import padding_mask
-from ..tuner.names import brief
+from ..tuner.names import adapted_layers, brief
 
 
 @torch.no_grad()
@@ -47,11 +39,13 @@ def calibrate(
             ``m`` would change what it computes), or no batch was given. Nothing is changed.
     """
     layers = {
-        name: m for name, m in model.named_modules() if isinstance(m, IdLoraLayer) and adapter_name in m.idlora_mean
+        name: layer
+        for name, layer in adapted_layers(model, adapter_name).items()
+        if layer.idlora_adapter[adapter_name].mean is not None
     }
     if not layers:
         raise ValueError(f"calibrate: the model has no ID-LoRA adapter {adapter_name!r} with center=True")
-    if trained := [name for name, layer in layers.items() if layer.idlora_B[adapter_name].any()]:
+    if trained := [name for name, layer in layers.items() if layer.idlora_adapter[adapter_name].B.any()]:
         raise ValueError(
             f"calibrate: adapter {adapter_name!r} is trained already, and another mean would change what it computes: "
             + ", ".join(brief(trained))
@@ -61,7 +55,7 @@ def calibrate(
 
     def observe(name: str, y0: Tensor) -> None:
         layer = layers[name]
-        of_batch = centering.token_sums(y0, layer._columns(y0), layer.out_features, mask)
+        of_batch = token_sums(y0, layer.columns(y0), layer.out_features, mask)
         sums[name] = sums.get(name, 0) + of_batch.cpu().double()
 
     modes = [(module, module.training) for module in model.modules()]
@@ -87,8 +81,9 @@ def calibrate(
         nothing = torch.zeros(2, layer.out_features, dtype=torch.float64)
         total, count = sum((others[name] for others in everyone if name in others), nothing)
         unseen += [] if count.all() else [name]
-        layer.idlora_mean[adapter_name].copy_(total / count.clamp_min(1))
-        layer.centered[adapter_name] = True
+        adapter = layer.idlora_adapter[adapter_name]
+        adapter.mean.copy_(total / count.clamp_min(1))
+        adapter.mean_taken = True
     if unseen:
         warnings.warn(f"calibrate: no token reached these layers, which are not centred: {', '.join(brief(unseen))}",
                       stacklevel=2)  # fmt: skip

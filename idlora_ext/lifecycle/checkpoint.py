@@ -1,8 +1,7 @@
-"""Adapters on disk: what is written, and everything that is checked before a model is touched.
+"""``save`` and ``load``: an adapter on disk, under PEFT's file names. Loading never chooses rows.
 
-A directory under PEFT's file names: ``adapter_config.json`` and ``adapter_model.safetensors``, which holds, for each
-adapted layer, ``idlora_index``, ``idlora_router``, ``idlora_B``, ``idlora_fingerprint`` and, with ``row_scale``,
-``idlora_row_scale``, with ``center``, ``idlora_mean``. Loading never clusters.
+``adapter_model.safetensors`` holds all tensors of the :class:`~idlora_ext.layer.adapter.Adapter` of each layer, as
+``<layer>.idlora_adapter.<tensor>``.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from ..base import sharding
 from ..layer.config import BaseMismatch, IdLoraConfig
-from ..layer.layer import IdLoraLayer
 from ..tuner.files import read_config, read_tensors, write
-from ..tuner.names import PREFIX
+from ..tuner.names import PREFIX, adapted_layers
 from .apply import inject
 
 
@@ -46,8 +44,8 @@ def adapter_state(model: nn.Module, adapter_name: str) -> tuple[IdLoraConfig, di
     config = getattr(holder, "peft_config", {}).get(adapter_name)
     if not isinstance(config, IdLoraConfig):
         raise ValueError(f"save: the model has no ID-LoRA adapter {adapter_name!r}")
-    for name, module in model.named_modules():
-        if isinstance(module, IdLoraLayer) and adapter_name in module.pending:
+    for name, layer in adapted_layers(model, adapter_name).items():
+        if layer.idlora_adapter[adapter_name].pending:
             raise ValueError(f"save: layer {name!r} of adapter {adapter_name!r} has no rows yet: load or choose them")
     with sharding.gathered(model, f".{adapter_name}"):
         tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -84,14 +82,13 @@ def load(
     Raises:
         ValueError: a file, tensor or base model that does not fit, naming it. The model is then as it was before.
     """
-
     config = read_config(directory)
     tensors = read_tensors(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     if not isinstance(model, PeftModel):  # PEFT looks for modules_to_save under the model's own names
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config.base_mismatch = base_mismatch
     config.inference_mode = not is_trainable
-    if _has_adapter(model, adapter_name):
+    if adapted_layers(model, adapter_name):
         holder: Any = model.base_model if isinstance(model, PeftModel) else model
         present = holder.peft_config[adapter_name]
         for name in ("scaling", "router"):
@@ -116,8 +113,4 @@ def loadable_in_place(model: nn.Module, directory: str | None) -> bool:
     if directory is None or isinstance(model, PeftModel):
         return False
     has_files = all(os.path.isfile(os.path.join(directory, f)) for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
-    return has_files and any(isinstance(module, IdLoraLayer) for module in model.modules())
-
-
-def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
-    return any(isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B for module in model.modules())
+    return has_files and bool(adapted_layers(model))

@@ -1,4 +1,4 @@
-"""``to_lora``: a static router's adapter as a plain LoRA, for PEFT without this package and all that read its files."""
+"""``to_lora``: a static router's adapter as a plain LoRA, for PEFT without this package."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..base.experts import ExpertLinear
 from ..base.weight import stored
 from ..layer.config import IdLoraConfig
 from ..layer.layer import IdLoraLayer
-from ..tuner.files import TENSORS, write
-from ..tuner.names import PREFIX
+from ..tuner.files import write
+from ..tuner.names import PREFIX, adapted_layers, clean
+from ..tuner.verify import HOLDER
 from .checkpoint import adapter_state
 
 
@@ -47,7 +48,7 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
     """
     config, others = adapter_state(model, adapter_name)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = {name: m for name, m in base.named_modules() if isinstance(m, IdLoraLayer) and adapter_name in m.idlora_B}
+    layers = adapted_layers(base, adapter_name)
     for name, layer in layers.items():
         linear = layer.get_base_layer()
         if isinstance(linear, ExpertLinear):
@@ -56,7 +57,7 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
         if sharding.is_sharded(stored(linear)) or stored(linear).is_meta:
             raise ValueError(f"layer {name!r} has a W that is sharded or on the meta device: save the adapter, and "
                              "export it from a model that is loaded whole in one process")  # fmt: skip
-    tensors = {key: tensor for key, tensor in others.items() if key.rpartition(".")[2] not in TENSORS}
+    tensors = {key: tensor for key, tensor in others.items() if HOLDER not in key}
     for name, layer in layers.items():
         A, B, c = layer.lora_factors(adapter_name)
         lora_B = torch.block_diag(*[B] * (len(A) // B.shape[1]))
@@ -70,7 +71,7 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
 def _lora_config(
     config: IdLoraConfig, base: nn.Module, layers: dict[str, IdLoraLayer], adapter_name: str
 ) -> LoraConfig:
-    ranks = {name: layer.idlora_index[adapter_name].shape[1] for name, layer in layers.items()}
+    ranks = {name: layer.idlora_adapter[adapter_name].index.shape[1] for name, layer in layers.items()}
     r = statistics.mode(ranks.values())
     # Anchored: a pattern of PEFT's also matches every longer name that ends with it.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
@@ -95,7 +96,7 @@ def _targets(base: nn.Module, names: set[str]) -> list[str] | str:
     """The last parts of the names, as every reader of LoRA files knows them, if they mean these layers alone."""
     short = {name.rpartition(".")[2] for name in names}
     inside = tuple(f"{name}." for name in names)
-    also = {name for name, _ in base.named_modules() if not name.startswith(inside)}
+    also = {clean(name) for name, _ in base.named_modules() if not name.startswith(inside)}
     if {name for name in also if name.rpartition(".")[2] in short} == names:
         return sorted(short)
     return "|".join(map(re.escape, sorted(names)))

@@ -10,7 +10,7 @@ from torch import nn
 from ..base.peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
 from ..layer.layer import IdLoraLayer
 from ..tuner.hooks import take_hooks_off
-from ..tuner.restore import _TRAINABLE, fuse
+from ..tuner.restore import TRAINABLE, fuse
 from ..tuner.verify import forget_transformers_load
 
 
@@ -60,7 +60,7 @@ def remove(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         take_hooks_off(base)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(base).pop(name, None)
-        trainable = set(vars(base).pop(_TRAINABLE, ()))
+        trainable = set(vars(base).pop(TRAINABLE, ()))
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trainable)
     return base

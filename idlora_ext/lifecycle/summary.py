@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..base import quantised
-from ..layer.layer import IdLoraLayer
+from ..tuner.names import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,14 @@ def summary(model: nn.Module, adapter_name: str = "default") -> Summary:
     Raises:
         ValueError: the model has no such adapter.
     """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B
-    }
+    layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"summary: the model has no ID-LoRA adapter {adapter_name!r}")
-    sizes = {
-        name: layer.idlora_B[adapter_name].numel() + layer.idlora_router[adapter_name].numel()
-        for name, layer in layers.items()
-    }
+    adapters = {name: layer.idlora_adapter[adapter_name] for name, layer in layers.items()}
+    sizes = {name: sum(p.numel() for p in adapter.parameters()) for name, adapter in adapters.items()}
     rows = []
     for name, layer in layers.items():
-        k, r = layer.idlora_index[adapter_name].shape
+        k, r = adapters[name].index.shape
         rows.append(
             LayerSummary(
                 name=name,
@@ -108,12 +102,12 @@ def summary(model: nn.Module, adapter_name: str = "default") -> Summary:
                 d_in=layer.in_features,
                 k=k,
                 r=r,
-                s=r // layer.idlora_B[adapter_name].shape[1],
+                s=r // adapters[name].B.shape[1],
                 trainable=sizes[name],
                 share=sizes[name] / sum(sizes.values()),
-                shrunk=r < layer.wanted_rank[adapter_name],
+                shrunk=r < adapters[name].wanted_rank,
             )
         )
-    adapters = {id(p) for layer in layers.values() for p in (*layer.idlora_B.values(), *layer.idlora_router.values())}
-    other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in adapters)
+    own = {id(p) for layer in layers.values() for p in layer.idlora_adapter.parameters()}
+    other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     return Summary(adapter_name, rows, other, sum(map(quantised.parameter_count, model.parameters())))

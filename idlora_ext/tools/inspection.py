@@ -18,7 +18,8 @@ from .. import lifecycle
 from ..layer.layer import IdLoraLayer
 from ..rows.selection import CLUSTERED
 from ..tuner.files import read_config, read_tensors
-from ..tuner.names import PREFIX
+from ..tuner.names import adapted_layers, clean
+from ..tuner.verify import HOLDER
 from .data import encode, read_examples
 from .generation import load_adapted
 
@@ -109,11 +110,11 @@ def inspect_adapter(
 def _read_layers(file: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(file).items():
-        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        if kind.startswith("idlora_"):
-            found.setdefault(name, {})[kind.removeprefix("idlora_")] = tensor
+        name, holder, kind = clean(key).rpartition(HOLDER)
+        if holder:
+            found.setdefault(name, {})[kind] = tensor
     if not found:
-        raise ValueError(f"{file}: not an ID-LoRA adapter (no idlora_* tensors)")
+        raise ValueError(f"{file}: not an ID-LoRA adapter (no tensor is called ...{HOLDER}...)")
     layers = []
     # In the order of the model: by the numbers in the names, not by their digits.
     for name, tensors in sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
@@ -149,8 +150,8 @@ def row_statistics(model: Any, adapter_name: str = "default") -> dict[str, dict[
     """
     clustered = model.peft_config[adapter_name].selection in CLUSTERED
     statistics: dict[str, dict[str, Any]] = {}
-    for name, layer in _layers(model, adapter_name):
-        W, index = layer.get_base_weight().float(), layer.idlora_index[adapter_name].long()
+    for name, layer in adapted_layers(model, adapter_name).items():
+        W, index = layer.get_base_weight().float(), layer.idlora_adapter[adapter_name].index.long()
         found = statistics[name] = {
             "spanned": _spanned(W, W[index.flatten()]),
             "chosen_norm": W[index].norm(dim=2).mean(1).tolist(),
@@ -203,7 +204,7 @@ def alpha_statistics(
 
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args, name=name: observe(name, layer, args[0]))
-        for name, layer in _layers(model, adapter_name)
+        for name, layer in adapted_layers(model, adapter_name).items()
     ]
     try:
         device = next(model.parameters()).device
@@ -221,11 +222,3 @@ def alpha_statistics(
         }
         for name, (total, squares, low, high) in moments.items()
     }
-
-
-def _layers(model: nn.Module, adapter_name: str) -> list[tuple[str, IdLoraLayer]]:
-    return [
-        (name.removeprefix(PREFIX), module)
-        for name, module in model.named_modules()
-        if isinstance(module, IdLoraLayer) and adapter_name in module.idlora_B
-    ]

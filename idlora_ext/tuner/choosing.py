@@ -1,23 +1,53 @@
-"""The rows of all new layers of a model: chosen on one rank, or shared out to the ranks and brought to all."""
+"""The rows of all new layers of an adapter: chosen here, or shared out to the ranks and brought to all.
+
+In several processes every rank says the same things in the same order, or the others would wait for ever::
+
+    each rank   what I hold -> [exchange] -> choose my share -> [exchange] -> receive the rest
+    a failure   fail(error) -> [exchange]                                     before it: every rank raises
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a build of torch without it: then nothing is ever sharded
-    DTensor = type("DTensor", (), {})  # type: ignore[assignment, misc]
 from ..base.sharding import exchange, is_sharded, world_size
 from ..base.weight import stored
+from ..layer.config import IdLoraConfig
 from ..layer.layer import IdLoraLayer
 
-Choose = Callable[[str, "IdLoraLayer", Tensor], None]
+Layers = Sequence[tuple[str, IdLoraLayer]]
+Choose = Callable[..., None]
+
+
+def choose_rows(layers: Layers, adapter: str, config: IdLoraConfig, *, progress: bool) -> None:
+    """Have the rows of an adapter chosen in all these layers.
+
+    Raises:
+        ValueError, TypeError: naming the layer whose weight gives none; in several processes on every rank.
+    """
+    several = world_size() > 1
+    layers = [(name, layer) for name, layer in layers if several or not stored(layer.get_base_layer()).is_meta]
+    bar = tqdm(layers, desc="Choosing rows", unit="layer", disable=None if progress else True)
+
+    def choose(name: str, layer: IdLoraLayer, weight: Tensor | None = None) -> None:
+        bar.set_postfix_str(name, refresh=False)
+        try:
+            layer.choose_rows(adapter, config, name, weight)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {name!r}: {error}. To leave the layer out, use exclude_modules.") from error
+        bar.update()
+
+    with bar:
+        if several:
+            _share(layers, adapter, choose)
+        else:
+            for name, layer in layers:
+                choose(name, layer)
 
 
 def fail(error: Exception) -> None:
@@ -26,93 +56,81 @@ def fail(error: Exception) -> None:
         exchange((None, str(error)))
 
 
-def choose_rows(layers: list[tuple[str, IdLoraLayer]], adapter: str, choose: Choose) -> None:
-    """Have each layer's rows chosen on one rank; index, router, fingerprint and row scales are brought to all.
+def _share(layers: Layers, adapter: str, choose: Choose) -> None:
+    """Have each layer's rows chosen on one rank; all tensors but ``B`` are brought to all.
 
     Ranks whose weights are on the meta device receive only. If the ranks hold different layers (pipeline stages; their
     names or fingerprints differ), each chooses its own.
-
-    Raises:
-        ValueError, TypeError: on every rank, if one rank cannot choose.
     """
-    rank, world = dist.get_rank(), world_size()
     order = sorted(layers, key=lambda item: -item[1].in_features * item[1].out_features)
-    everyone = exchange(({name: _known(layer, adapter) for name, layer in order}, None))
-    _raise_first(everyone, None)
-    present = [layers for layers, _ in everyone]
-    shared = all(list(others) == list(present[0]) for others in present) and all(
-        len({others[name] for others in present} - {None}) <= 1 for name in present[0]
-    )
-    if not shared:
-        present = [present[rank] if r == rank else {} for r in range(world)]
+    held = _all_or_none(({name: _known(layer, adapter) for name, layer in order}, None))
+    shared = _same_layers(held)
+    chosen, error = _choose_mine(order, adapter, choose, _owners(order, held, shared))
+    everyone = _all_or_none((chosen, None if error is None else str(error)), error)
+    received = {name: tensors for others in everyone for name, tensors in others.items()}
+    for name, layer in layers:
+        layer.on_this_rank_only = not shared
+        if shared and name in received:
+            weight = stored(layer.get_base_layer())
+            layer.idlora_adapter[adapter].receive(received[name], "cpu" if weight.is_meta else weight.device)
 
-    chosen: dict[str, tuple[Tensor, ...]] = {}
+
+def _all_or_none(mine: tuple[Any, str | None], error: Exception | None = None) -> list[Any]:
+    """What all ranks have, by rank; if one of them has an error instead, every rank raises."""
+    everyone = exchange(mine)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(everyone):
+        if message is not None:
+            raise ValueError(f"rank {rank} could not choose rows, so no rank has the adapter: {message}")
+    return [value for value, _ in everyone]
+
+
+def _known(layer: IdLoraLayer, adapter: str) -> tuple[int, ...] | None:
+    """What layer this is, or None if its weight is on the meta device."""
+    if stored(layer.get_base_layer()).is_meta:
+        return None
+    return tuple(layer.idlora_adapter[adapter].fingerprint.tolist())
+
+
+def _same_layers(held: list[dict[str, Any]]) -> bool:
+    names = list(held[0])
+    return all(list(others) == names for others in held) and all(
+        len({others[name] for others in held} - {None}) <= 1 for name in names
+    )
+
+
+def _owners(order: Layers, held: list[dict[str, Any]], shared: bool) -> dict[str, int | None]:
+    """The rank that chooses each layer's rows: those that hold its weight, in turn; None if none does."""
+    owners: dict[str, int | None] = {}
+    for i, (name, _) in enumerate(order):
+        candidates = [r for r, layers in enumerate(held) if layers.get(name) and (shared or r == dist.get_rank())]
+        owners[name] = candidates[i % len(candidates)] if candidates else None
+    return owners
+
+
+def _choose_mine(
+    order: Layers, adapter: str, choose: Choose, owners: dict[str, int | None]
+) -> tuple[dict[str, dict[str, Tensor]], Exception | None]:
+    """Choose the rows of this rank's layers: what was chosen, and the first error, after which nothing is chosen."""
+    chosen: dict[str, dict[str, Tensor]] = {}
     error: Exception | None = None
-    for start in range(0, len(order), world):
+    for start in range(0, len(order), world_size()):
         mine = []
-        # A sharded weight takes all ranks to read: first those of as many layers as there are ranks, then all cluster.
-        for i, (name, layer) in enumerate(order[start : start + world], start):
-            owners = [r for r in range(world) if present[r].get(name)]
-            own = bool(owners) and owners[i % len(owners)] == rank
+        # A sharded weight takes all ranks to read: first those of as many layers as there are ranks, then all choose.
+        for name, layer in order[start : start + world_size()]:
+            own = owners[name] == dist.get_rank()
             try:
                 if own or is_sharded(stored(layer.get_base_layer())):
                     weight = layer.get_base_weight()
                     mine += [(name, layer, weight)] if own else []
             except Exception as caught:
                 error = error or caught
-        for name, layer, weight in mine:
+        for name, layer, weight in mine if error is None else ():
             try:
-                if error is None:
-                    choose(name, layer, weight)
-                    chosen[name] = tuple(_tensors(layer, adapter))
+                choose(name, layer, weight)
+                chosen[name] = layer.idlora_adapter[adapter].chosen()
             except Exception as caught:
                 error = caught
-    everyone = exchange((chosen, error and str(error)))
-    _raise_first(everyone, error)
-    if not shared:
-        for _, layer in layers:
-            layer.on_this_rank_only = True
-        return
-    received = {name: tensors for others, _ in everyone for name, tensors in others.items()}
-    for name, layer in layers:
-        if name in received:
-            _receive(layer, adapter, *received[name])
-
-
-def _raise_first(everyone: list[tuple[Any, str | None]], own: Exception | None) -> None:
-    if own is not None:
-        raise own
-    for rank, (_, message) in enumerate(everyone):
-        if message is not None:
-            raise ValueError(f"rank {rank} could not choose rows, so no rank has the adapter: {message}")
-
-
-def _known(layer: IdLoraLayer, adapter: str) -> tuple[int, ...] | None:
-    """What layer this is, or None if its weight is on the meta device."""
-    return None if stored(layer.get_base_layer()).is_meta else tuple(layer.idlora_fingerprint[adapter].tolist())
-
-
-def _tensors(layer: IdLoraLayer, adapter: str) -> list[Tensor]:
-    holders: tuple[Any, ...] = (layer.idlora_index, layer.idlora_router, layer.idlora_fingerprint)
-    holders += (layer.idlora_row_scale,) if adapter in layer.idlora_row_scale else ()
-    return [holder[adapter].detach().cpu() for holder in holders]
-
-
-def _receive(
-    layer: IdLoraLayer, adapter: str, index: Tensor, router: Tensor, fingerprint: Tensor, *scale: Tensor
-) -> None:
-    weight = stored(layer.get_base_layer())
-    device = "cpu" if weight.is_meta else weight.device
-    layer.idlora_index[adapter] = index.to(device)
-    layer.idlora_fingerprint[adapter] = fingerprint.to(device)
-    for row_scale in scale:
-        layer.idlora_row_scale[adapter] = row_scale.to(device)
-    if adapter in layer.idlora_mean:
-        layer.idlora_mean[adapter] = torch.zeros_like(layer.idlora_mean[adapter], device=device)
-    if layer.idlora_B[adapter].is_meta:
-        B = torch.zeros(layer.idlora_B[adapter].shape, dtype=layer.idlora_B[adapter].dtype)
-        layer.idlora_B[adapter] = nn.Parameter(B, requires_grad=layer.idlora_B[adapter].requires_grad)
-    layer.idlora_router[adapter] = nn.Parameter(
-        router.to(device), requires_grad=layer.idlora_router[adapter].requires_grad
-    )
-    layer.pending.discard(adapter)
+                break
+    return chosen, error

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..layer.config import IdLoraConfig
 
-TENSORS = ("idlora_index", "idlora_router", "idlora_B", "idlora_fingerprint", "idlora_row_scale", "idlora_mean")
-
 
 def read_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a safetensors file; anything else is refused, since unpickling runs what the file says."""

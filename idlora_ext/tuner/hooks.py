@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer.layer import IdLoraLayer
+from .names import adapted_layers
 
 
 def _no_such_keyword(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class PaddingWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, IdLoraLayer)]
+        self.layers = [*adapted_layers(model).values()]
         names = list(inspect.signature(model.forward).parameters)
         self.position = names.index("attention_mask") if "attention_mask" in names else None
 
@@ -65,7 +65,7 @@ class PaddingWatch:
             mask = args[self.position]
         mask = padding_mask(mask)
         for layer in self.layers:
-            if not all(layer.centered.values()):
+            if not all(adapter.mean_taken for adapter in layer.idlora_adapter.values()):
                 layer.padding_mask = mask
 
 

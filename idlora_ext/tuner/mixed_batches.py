@@ -1,9 +1,4 @@
-"""Batches whose rows use different adapters, as PEFT's ``adapter_names`` asks for them.
-
-Rows are grouped by adapter once per call of the model. A layer runs its base layer on the whole batch, brings the rows
-of ``y0`` together (one ``index_select``), adapts every group as one contiguous slice, and puts the rows back. Nothing
-is moved if equal names lie next to one another already.
-"""
+"""``adapter_names``: a batch whose rows use different adapters. How layers do it: ``layer/mixed_rows.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from torch import nn
 
 from ..base.peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
 from ..layer.layer import IdLoraLayer
-from ..layer.mixed_rows import BASE, MixedBatch, refuse_merged
+from ..layer.mixed_rows import BASE, MixedBatch
 
 
 def repeated_rows(arguments: dict[str, Any]) -> int:
@@ -87,7 +82,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
     for path, module in model.named_modules():
         if isinstance(module, IdLoraLayer):
             layers.append(module)
-            refuse_merged(module)
+            module.refuse_merged()
             module.refuse_pending(names)
             if "experts" in path.split("."):
                 raise ValueError(
@@ -96,7 +91,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
                 )
         elif isinstance(module, BaseTunerLayer) and module not in saved:
             raise ValueError(f"Cannot pass `adapter_names`: layer {path!r} has an adapter of another method")
-    known = {name for layer in layers for name in layer.idlora_B}
+    known = {name for layer in layers for name in layer.idlora_adapter}
     if unknown := sorted(set(names) - known - {BASE}):
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {sorted(known)}."
@@ -104,7 +99,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], *, num_beams: int = 1)
 
     batch = MixedBatch(names, num_beams)
     for groups in batch.groups.values():
-        for device in {B.device for layer in layers for B in layer.idlora_B.values() if not B.is_meta}:
+        for device in {p.device for layer in layers for p in layer.idlora_adapter.parameters() if not p.is_meta}:
             groups.on(device)  # here, so that no layer waits for a copy to its device
     before = [layer.mixed_batch for layer in layers]
 

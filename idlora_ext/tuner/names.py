@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-PREFIX = "base_model.model."
+from torch import nn
+
+from ..layer.layer import IdLoraLayer
+
+PREFIX = "base_model.model."  # of all names in a PeftModel, and in files
+_WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")  # torch.compile puts it before the names of what it has compiled
+
+
+def clean(name: str) -> str:
+    """A module's or tensor's name in the model that a user gave, whatever has been put around it since."""
+    return _WRAPPED.sub("", name).lstrip(".").removeprefix(PREFIX)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, IdLoraLayer]:
+    """The adapted layers of a model by their names, or those that have a certain adapter."""
+    return dict(_adapted(model, adapter_name))
+
+
+def _adapted(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, IdLoraLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, IdLoraLayer) and (adapter_name is None or adapter_name in module.idlora_adapter):
+            yield clean(path).removesuffix(".base_layer"), module  # of another tuner, put around it since
 
 
 def brief(names: Iterable[str]) -> list[str]:

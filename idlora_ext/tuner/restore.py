@@ -1,6 +1,9 @@
-"""Putting a model back: after a failure exactly as it was, after :func:`remove` as it was before the first adapter."""
+"""Putting a model back: after a failure exactly as it was, and what :func:`idlora_ext.remove` has to know."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -18,7 +21,7 @@ def fuse(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, module.base_layer)
 
 
-_TRAINABLE = "_idlora_trainable"  # on an adapted model: names of the parameters that were trainable before
+TRAINABLE = "_idlora_trainable"  # on an adapted model: names of the parameters that were trainable before
 
 
 class ModelState:
@@ -60,10 +63,21 @@ class ModelState:
             parameter.requires_grad_(requires_grad)
 
 
-_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_load_pretrained_model", _TRAINABLE)
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[ModelState]:
+    """Whatever fails inside, an interrupt too, the model is what it was."""
+    before = ModelState(model)
+    try:
+        yield before
+    except BaseException:
+        before.restore()
+        raise
+
+
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_load_pretrained_model", TRAINABLE)
 
 
 def remember_trainable(model: nn.Module) -> None:
     """Note, at the first adapter, which parameters were trainable: PEFT freezes them all."""
-    if not hasattr(model, _TRAINABLE):
-        setattr(model, _TRAINABLE, [name for name, p in model.named_parameters() if p.requires_grad])
+    if not hasattr(model, TRAINABLE):
+        setattr(model, TRAINABLE, [name for name, p in model.named_parameters() if p.requires_grad])

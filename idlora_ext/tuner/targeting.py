@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import re
+from typing import Any
 
 import transformers
 from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base.peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer, maybe_include_all_linear_layers
+from ..base.experts import FUSED_FROM, UnfusedExperts, can_unfuse, fused_parameters
+from ..base.peft_internals import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    ExcludedModule,
+    check_target_module_exists,
+    maybe_include_all_linear_layers,
+)
+from ..base.weight import is_linear
+from ..layer.layer import IdLoraLayer
+from .names import brief
+
+ALL_LINEAR = "all-linear"
 
 
-def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
+class AllLinear(set[str]):
+    """The names that "all-linear" stands for in one model; another adapter is to be asked for in the old words."""
+
+
+def means_all_linear(config: PeftConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def is_targeted(config: PeftConfig, key: str) -> Any:
+    """Whether a module is targeted, or PEFT's ``ExcludedModule``."""
+    found = check_target_module_exists(config, key)
+    if found and config.layers_to_transform is not None and key in config.target_modules:
+        # PEFT ignores layers_to_transform for targets given by their full name, as "all-linear" resolves to:
+        # ask again by the last part of the name.
+        suffix = dataclasses.replace(config, target_modules={key.rpartition(".")[2]})
+        return check_target_module_exists(suffix, key)
+    return found
+
+
+def open_experts(config: PeftConfig, model: nn.Module) -> None:
+    """Open the fused experts that are targeted.
+
+    What looks like fused linear layers, is targeted and cannot be opened is an error: never silently left frozen.
+    """
+    unsupported = []
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        foreign = False
+        if child == "base_layer":
+            foreign = not isinstance(model.get_submodule(parent), (UnfusedExperts, IdLoraLayer))
+            if not foreign:
+                continue
+            name = re.sub(r"(\.base_layer)+$", "", name)  # as it was before another tuner wrapped it
+        wanted = [
+            parameter
+            for parameter, count in fused_parameters(module).items()
+            if _targets_experts(config, name, parameter, count)
+        ]
+        if wanted and not foreign and can_unfuse(module):
+            setattr(model.get_submodule(parent), child, UnfusedExperts(module))
+        else:
+            note = " (already adapted by another tuner)" if foreign else ""
+            unsupported += [f"{name}.{p} {list(module.get_parameter(p).shape)}{note}" for p in wanted]
+    if unsupported:
+        raise ValueError(
+            "target_modules takes in parameters that look like fused linear layers, of a kind ID-LoRA cannot open: "
+            + ", ".join(brief(unsupported))
+            + ". To leave them frozen, name their modules in exclude_modules, or other layers in target_modules."
+        )
+
+
+def _targets_experts(config: PeftConfig, module: str, parameter: str, count: int) -> bool:
+    def asks(name: str) -> list[Any]:
+        return [is_targeted(config, f"{module}.{expert}.{name}") for expert in range(count)]
+
+    whole, each = is_targeted(config, module), asks(parameter)
+    if isinstance(whole, ExcludedModule) or all(isinstance(found, ExcludedModule) for found in each):
+        return False
+    if whole or any(each) or means_all_linear(config):
+        return True
+    if parts := [part for part in FUSED_FROM.get(parameter, ()) if any(asks(part))]:
+        raise ValueError(
+            f"target_modules names {', '.join(parts)}, which {module!r} holds fused as {parameter}: name that too, "
+            f"or leave the experts frozen with exclude_modules={[module.rpartition('.')[2]]}"
+        )
+    return False
+
+
+def resolve_all_linear(config: PeftConfig, model: nn.Module) -> None:
     """Resolve "all-linear" with the quantised layers that are no ``nn.Linear``, which PEFT would leave frozen, and
     without modules that this or another adapter trains in full (``modules_to_save``), which PEFT takes in: its models
     for token classification and question answering add their head only when the adapter is there.
@@ -20,7 +102,7 @@ def include_quantised_linears(config: PeftConfig, model: nn.Module, is_linear: C
     Relies on PEFT's ``_maybe_include_all_linear_layers`` writing names into ``target_modules``, and leaving alone what
     is resolved already. The head and what lies inside adapted layers stay out, as there.
     """
-    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+    if not means_all_linear(config):
         return
     inside = {m for layer in model.modules() if isinstance(layer, BaseTunerLayer) for m in layer.modules()}
     inner = getattr(model, "_orig_mod", model)  # of a compiled model, whose head PEFT does not see

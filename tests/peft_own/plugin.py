@@ -50,7 +50,7 @@ class IdLora(IdLoraConfig):
 def choose_rows(self: IdLoraLayer, adapter_name: str, config: IdLoraConfig, *args: Any, **kwargs: Any) -> None:
     _choose_rows(self, adapter_name, config, *args, **kwargs)
     if not getattr(config, "init_weights", True):
-        torch.nn.init.normal_(self.idlora_B[adapter_name])
+        torch.nn.init.normal_(self.idlora_adapter[adapter_name].B)
 
 
 _choose_rows = IdLoraLayer.choose_rows
