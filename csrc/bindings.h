@@ -157,7 +157,7 @@ class Check {
 
   // Of these sizes on the activation's device. Made contiguous.
   Check& tensor(Tensor& t, Sizes sizes) {
-    require(t.sizes() == sizes && t.device() == device_);
+    require(t.sizes().equals(sizes) && t.device() == device_);
     if (ok_ && !t.is_contiguous()) t = torch::stable::contiguous(t);
     return *this;
   }
