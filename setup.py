@@ -109,8 +109,7 @@ def native() -> dict:
         "flags": " ".join(flags),
         "cuda": None,
     }
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    sources = [s for s in sources if s.name not in ("c_api.cpp", "bindings_cuda.cpp" if not toolkit else "")]
+    sources = sorted(s for folder in ("bindings", "cpu", "rows") for s in ROOT.glob(f"csrc/{folder}/*.cpp"))
     libraries, library_dirs, link = ["c10", "torch_cpu"], cpp_extension.library_paths(), ["-s"]
     include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
     if toolkit:
@@ -123,13 +122,13 @@ def native() -> dict:
             "flags": " ".join(nvcc_flags),
             "lineinfo": "-lineinfo" in nvcc_flags,
         }
-        sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
+        sources += sorted(s for folder in ("bindings", "cuda") for s in ROOT.glob(f"csrc/{folder}/*.cu"))
         include_dirs.append(str(toolkit / "include"))
         libraries += ["cudart_static", "rt", "dl", "pthread"]
         library_dirs += [str(p) for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir()]
         # torch's libcudart must not stand in for the one linked here. libtorch leads to libtorch_cuda, if there is one.
         link += ["-Wl,--exclude-libs,libcudart_static.a", "-Wl,--no-as-needed", "-ltorch"]
-        link += ["-Wl,--wrap=__cudaRegisterFunction"]  # csrc/cuda/resources.cu
+        link += ["-Wl,--wrap=__cudaRegisterFunction"]  # csrc/bindings/resources.cu
 
     # Kept between builds, so that only what changed is compiled. A change of what build_info.h says changes its date.
     build = Path("build") / ("cuda" if toolkit else "cpu")
