@@ -62,4 +62,4 @@ $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info idlora_ext/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info idlora_ext/*.so idlora_ext/not_built.txt .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ whichever it was built under. Environment:
 * ``IDLORA_LINEINFO=1``     line numbers for Nsight Compute
 * ``MAX_JOBS``, ``CXX``     as usual
 
-Without torch or without a C++ compiler the package is plain Python and says so.
+Without torch, pybind11 or a C++ compiler the package is plain Python, and says so where it is imported.
 """
 
 import json
@@ -26,7 +26,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+NOT_BUILT = ROOT / "idlora_ext/not_built.txt"  # why not; idlora_ext/native.py reads it
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.6 and 8.9, that for 10.0 on 10.3
+PORTABLE = "8.0"  # as PTX too, which the driver compiles for whatever else there is, such as 11.0
 TARGET_TORCH = "0x020a000000000000"  # the stable ABI of torch 2.10
 
 
@@ -70,12 +72,13 @@ def architectures(toolkit: Path) -> str:
         return given
     known = subprocess.run([toolkit / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     served = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
-    return ";".join(served) + "+PTX"
+    return ";".join(f"{a}+PTX" if a in (PORTABLE, served[-1]) else a for a in served)
 
 
 def pure_python(reason: str) -> dict:
     if os.environ.get("IDLORA_CUDA", "").upper() == "ON":
         raise SystemExit(f"idlora_ext: IDLORA_CUDA=ON, but {reason}")
+    NOT_BUILT.write_text(reason)
     warnings.warn(f"idlora_ext is installed without native kernels: {reason}", stacklevel=2)
     return {}
 
@@ -87,10 +90,11 @@ def native() -> dict:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        return pure_python(f"{error}. Install torch, pybind11 and ninja first, or build without --no-build-isolation.")
+        return pure_python(f"{error}; install torch, pybind11 and ninja, or build without --no-build-isolation")
     cxx = os.environ.get("CXX", "c++").split()
     if not compiles(cxx):
-        return pure_python(f"there is no C++17 compiler ({' '.join(cxx)}). Install one (g++), or point CXX at it.")
+        return pure_python(f"there is no C++17 compiler ({' '.join(cxx)}); install one (g++), or point CXX at it")
+    NOT_BUILT.unlink(missing_ok=True)
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # ninja
 
     flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
@@ -105,12 +109,12 @@ def native() -> dict:
         "flags": " ".join(flags),
         "cuda": None,
     }
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    sources = [s for s in sources if s.name not in ("c_api.cpp", "bindings_cuda.cpp" if not toolkit else "")]
+    sources = sorted(s for folder in ("bindings", "cpu", "rows") for s in ROOT.glob(f"csrc/{folder}/*.cpp"))
     libraries, library_dirs, link = ["c10", "torch_cpu"], cpp_extension.library_paths(), ["-s"]
     include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
     if toolkit:
         cpp_extension.CUDA_HOME = str(toolkit)  # a CPU build of torch leaves it unset
+        torch.version.cuda = None  # as there. Otherwise nvcc's CUDA must be torch's, but the module brings its own
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(toolkit)
         info["cuda"] = {
             "nvcc": first_line([toolkit / "bin/nvcc", "--version"], r"release [\d.]+, V[\d.]+"),
@@ -118,13 +122,13 @@ def native() -> dict:
             "flags": " ".join(nvcc_flags),
             "lineinfo": "-lineinfo" in nvcc_flags,
         }
-        sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
+        sources += sorted(s for folder in ("bindings", "cuda") for s in ROOT.glob(f"csrc/{folder}/*.cu"))
         include_dirs.append(str(toolkit / "include"))
         libraries += ["cudart_static", "rt", "dl", "pthread"]
         library_dirs += [str(p) for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir()]
         # torch's libcudart must not stand in for the one linked here. libtorch leads to libtorch_cuda, if there is one.
         link += ["-Wl,--exclude-libs,libcudart_static.a", "-Wl,--no-as-needed", "-ltorch"]
-        link += ["-Wl,--wrap=__cudaRegisterFunction"]  # csrc/cuda/resources.cu
+        link += ["-Wl,--wrap=__cudaRegisterFunction"]  # csrc/bindings/resources.cu
 
     # Kept between builds, so that only what changed is compiled. A change of what build_info.h says changes its date.
     build = Path("build") / ("cuda" if toolkit else "cpu")
@@ -161,4 +165,4 @@ if {"egg_info", "dist_info", "sdist"} & set(sys.argv):  # nothing is built: noth
 elif platform.system() == "Linux":
     setup(**native())
 else:
-    setup(**pure_python("the kernels are built on Linux only."))
+    setup(**pure_python("the kernels are built on Linux only"))

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_router_start import evaluate, fit, load, rows
-from machine import describe
+from harness.machine import describe
+from harness.small_model import evaluate, fit, load, rows
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging

@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from bench_router_start import load, rows
-from machine import describe
+from harness.machine import describe
+from harness.small_model import load, rows
 from torch import Tensor
 
 import idlora_ext

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.machine import describe
 from k_means_constrained import KMeansConstrained
-from machine import describe
 from torch import Tensor
 from tqdm import tqdm
 

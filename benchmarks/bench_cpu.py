@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import describe, keep_freed_memory
+from harness.machine import describe, keep_freed_memory
 from torch import Tensor
 from tqdm import tqdm
 

@@ -3,7 +3,7 @@
 On a GPU: CUDA events, caches flushed, median with p20 and p80, bytes a second and percent of a measured copy, beside
 the same maths in eager PyTorch and PEFT's LoRA. Without one: every launch is executed on simulated A100, H100 and B200
 with all checks on, its results are compared with float64, and what it moved is compared with what no kernel can do
-without (limits.py). Modelled figures are called so.
+without (harness/limits.py). Modelled figures are called so.
 
     python benchmarks/bench_kernels.py [--quick] [--fresh] [--modelled] [--output FILE]
 
@@ -22,14 +22,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from pathlib import Path
 from typing import Any
 
-import gpu_timing
-import kernel_figures
-import kernel_library
-import kernel_page
-import modelled
 import torch
-from machine import describe
-from modelled import Shape
+from harness import gpu_timing, kernel_figures, kernel_library, kernel_page, modelled
+from harness.machine import describe
+from harness.modelled import Shape
 from tqdm import tqdm
 
 SHAPES = [Shape(N, d) for d in (1024, 4096, 14336) for N in (1, 16, 512, 4096)] + [Shape(37, 1032, r=24)]

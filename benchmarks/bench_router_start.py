@@ -15,24 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe
+from harness.machine import describe
+from harness.small_model import evaluate, fit, load, rows
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import idlora_ext
 from idlora_ext.layer.layer import IdLoraLayer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from assets import gsm8k, smollm2
 
 # A normal draw n, the norms w [k, r] of the chosen rows, k and r: what T starts as.
 STARTS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
@@ -98,18 +94,6 @@ def main() -> None:
     bar.close()
 
 
-def rows(length: int = 64) -> tuple[Tensor, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    ids = torch.tensor(tokenizer("\n\n".join(f"{x['prompt']}\n{x['completion']}" for x in gsm8k()))["input_ids"])
-    ids = ids[: len(ids) // length * length].view(-1, length)
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    return ids[16:], ids[:16]
-
-
-def load() -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
-
-
 @torch.no_grad()
 def start_routers(model: nn.Module, start: Callable[[Tensor, Tensor, int, int], Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -118,29 +102,6 @@ def start_routers(model: nn.Module, start: Callable[[Tensor, Tensor, int, int], 
             router, index = layer.idlora_adapter["default"].router, layer.idlora_adapter["default"].index
             norms = layer.get_base_weight()[index.long()].norm(dim=-1)
             router.copy_(start(torch.randn(router.shape, generator=generator), norms, *index.shape))
-
-
-def fit(model: nn.Module, train: Tensor, lr: float, steps: int, seed: int, batch: int = 8, warmup: int = 4) -> dict:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    norms, losses = [], []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / warmup)
-        ids = train[order[(torch.arange(batch) + step * batch) % len(order)]]
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(parameters, 1.0).item())
-        optimizer.step()
-        losses.append(loss.item())
-    return {"first": norms[0], "largest": max(norms), "worst": max(losses[warmup:]), "losses": losses}
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, held_out: Tensor) -> float:
-    return statistics.fmean(model(input_ids=ids, labels=ids).loss.item() for ids in held_out.split(8))
 
 
 if __name__ == "__main__":

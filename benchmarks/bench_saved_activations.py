@@ -19,25 +19,18 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from machine import describe
+from harness.machine import describe
+from harness.saved_activations import LLAMA_3_8B, Saved, saved_activations
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from idlora_ext import IdLoraConfig
 
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "LoRA r=32": lambda: LoraConfig(r=32, target_modules=LINEARS),
@@ -57,43 +50,6 @@ PRECISION = {  # dtype of the frozen layer, and whether autocast to bfloat16 is 
     "bfloat16 with float32 adapters, PEFT's default": (torch.bfloat16, False),
     "the same under bfloat16 autocast, Trainer's bf16=True": (torch.bfloat16, True),
 }
-
-
-class Saved(NamedTuple):
-    """What is kept for a backward pass."""
-
-    values: float
-    bytes: float
-
-    def minus(self, other: Saved) -> Saved:
-        return Saved(self.values - other.values, self.bytes - other.bytes)
-
-    def per(self, tokens: int) -> Saved:
-        return Saved(self.values / tokens, self.bytes / tokens)
-
-
-def saved_activations(module: nn.Module, *args: Any, **kwargs: Any) -> Saved:
-    """Sizes of all storages that ``module(*args, **kwargs)`` saves for backward, each counted once and whole.
-
-    Left out are parameters, buffers and the arguments: they are there without a backward pass too.
-    """
-    kept: dict[int, Tensor] = {}  # holds the tensors: an address freed during the pass could be given out again
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(_address(tensor), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(*args, **kwargs)
-    for tensor in (*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))):
-        if isinstance(tensor, Tensor):
-            kept.pop(_address(tensor), None)
-    sizes = [(tensor.untyped_storage().nbytes(), tensor.itemsize) for tensor in kept.values()]
-    return Saved(sum(nbytes // itemsize for nbytes, itemsize in sizes), sum(nbytes for nbytes, _ in sizes))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def decoder_layer(sizes: Mapping[str, int], attention: str, dtype: torch.dtype) -> LlamaDecoderLayer:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from limits import backward_limit, forward_limit
+from harness.limits import backward_limit, forward_limit
 from torch import Tensor
 
 import idlora_ext

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "idlora/cpu.h"
+#include "idlora/cuda.h"
 
 using namespace idlora;
 

@@ -11,15 +11,14 @@ import sys
 from dataclasses import replace
 from itertools import pairwise, product
 
-import limits
 import pytest
 import torch
-import traffic
 from compare import __main__ as cli
 from compare import budget, cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
 from conftest import tiny_gpt2, tiny_llama
+from harness import limits, traffic
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

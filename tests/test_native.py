@@ -22,7 +22,6 @@ from idlora_ext.ops.default_kernels import default_kernels
 from idlora_ext.ops.library import SCHEMAS
 from idlora_ext.tools import environment
 
-ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 needs_module = pytest.mark.skipif(native.module is None, reason=f"native module: {native.reason}")
 
@@ -205,15 +204,17 @@ def test_switched_off():
 @pytest.fixture
 def package_without_module(tmp_path):
     source = Path(idlora_ext.__file__).parent
-    shutil.copytree(source, tmp_path / "idlora_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        source, tmp_path / "idlora_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__", "not_built.txt")
+    )
     return tmp_path
 
 
 def test_not_built(package_without_module):
     done = python("-c", USE, cwd=package_without_module, IDLORA_NATIVE=None)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("not built")
-    assert "idlora" not in done.stderr
+    assert done.stdout == "not built: this copy of idlora_ext has not been through setup.py\n"
+    assert done.stderr.count("RuntimeWarning: idlora_ext runs on its default kernels") == 1
 
 
 def test_a_module_that_does_not_load_is_one_warning(package_without_module):
@@ -247,41 +248,3 @@ def test_env_without_the_module():
     assert "native module: none" in done.stdout
     assert "CPU: the native module is switched off by IDLORA_NATIVE=0" in done.stdout
     assert not any(line.split()[1:2] == ["native"] for line in done.stdout.splitlines() if line.startswith("  "))
-
-
-# ---- setup.py: what it builds, or why not ----------------------------------------------------------------------------
-
-
-def setup(**variables):
-    return python("setup.py", "--version", cwd=ROOT, **variables)
-
-
-def test_no_compiler_is_plain_python_with_one_warning():
-    done = setup(CXX="no-such-compiler", IDLORA_CUDA=None)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("idlora_ext is installed without native kernels: there is no C++17 compiler") == 1
-
-
-@pytest.mark.parametrize("toolkit", ["/no/such/toolkit", None], ids=["CUDA_HOME", "PATH"])
-def test_no_nvcc(toolkit, tmp_path):
-    without = {"CUDA_HOME": toolkit, "CUDA_PATH": None}
-    if toolkit is None:
-        if Path("/usr/local/cuda/bin/nvcc").exists():
-            pytest.skip("this machine has /usr/local/cuda")
-        without["PATH"] = str(tmp_path)
-    done = setup(IDLORA_CUDA="ON", **without)
-    assert done.returncode == 1
-    assert "IDLORA_CUDA=ON, but there is no nvcc" in done.stderr
-    assert "CUDA_HOME" in done.stderr
-
-
-def test_cuda_on_without_a_compiler_is_an_error():
-    done = setup(CXX="no-such-compiler", IDLORA_CUDA="ON", CUDA_HOME="/no/such/toolkit", CUDA_PATH=None)
-    assert done.returncode == 1
-    assert "IDLORA_CUDA=ON, but" in done.stderr
-
-
-def test_cuda_switch_is_checked():
-    done = setup(IDLORA_CUDA="maybe")
-    assert done.returncode == 1
-    assert "IDLORA_CUDA must be AUTO, ON or OFF, got MAYBE" in done.stderr

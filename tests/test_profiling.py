@@ -13,11 +13,11 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import limits
 import profile_nsight
 import pytest
 import torch
 from conftest import FIELDS, FORMS, inputs, options, tensors_of, tiny_llama
+from harness import limits
 from profile_nsight import Shape, distinct, read_ncu, table
 
 import idlora_ext

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from bench_saved_activations import saved_activations
 from conftest import (
     FIELDS,
     MODELS,
@@ -18,6 +17,7 @@ from conftest import (
     tiny_llama,
     training_losses,
 )
+from harness.saved_activations import saved_activations
 from peft import PeftModel, get_peft_model
 
 import idlora_ext

@@ -13,5 +13,5 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "compare"
 
-# Scripts of these folders import each other by name: machine.py, and the real models and data of assets.py.
+# For `harness`, as the scripts beside it import it, and for the real models and data of assets.py.
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_saved_activations import saved_activations
-from kernel_page import table
-from machine import describe, keep_freed_memory
+from harness.machine import describe, keep_freed_memory
+from harness.saved_activations import saved_activations
+from harness.table import table
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import set_seed

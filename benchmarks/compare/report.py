@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kernel_page import table
+from harness.table import table
 
 from . import RESULTS, cost, roofline
 from .experiment import ENCODER, MODEL, Experiment

@@ -3,7 +3,8 @@
     python -m benchmarks.compare.roofline
 
 One decoder layer of Llama-3-8B runs forward, and backward to its input, in shapes alone (fake tensors), in bfloat16,
-with each method's adapter as PEFT builds it. Every operator that eager PyTorch dispatches is counted (``traffic.py``)::
+with each method's adapter as PEFT builds it. Every operator that eager PyTorch dispatches is counted
+(``harness/traffic.py``)::
 
     seconds = max(bytes / bandwidth, flops / peak)          of an operator; of a step, their sum
 
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_saved_activations import LLAMA_3_8B
-from kernel_page import table
-from machine import describe
+from harness.machine import describe
+from harness.saved_activations import LLAMA_3_8B
+from harness.table import table
+from harness.traffic import Traffic
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from idlora_ext.layer.layer import IdLoraLayer

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, keep_freed_memory
+from harness.machine import describe, keep_freed_memory
 from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
     float2 sum = make_float2(0, 0);
     if (n < tokens && e < q) {
       float unscale = 1;
-      if constexpr (std::is_same_v<T, __half>) {  // as in adapt.cu
+      if constexpr (std::is_same_v<T, __half>) {  // as in adapt_prefill.cu
         float size = 0;
         for (int c = 0; c < k; ++c) size += fabsf(a[n * k + c]);
         const float power = power_of_two_above(size);

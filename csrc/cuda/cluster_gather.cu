@@ -1,4 +1,5 @@
 // x_ij = c_ij (y0 - bias)[index_ij]: a warp copies 128 of a token's k r columns.
+#include "idlora/cuda.h"
 #include "plain.cuh"
 
 namespace idlora::cuda {

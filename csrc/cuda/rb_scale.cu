@@ -1,4 +1,5 @@
 // z = sum_i a_i x_i, a_i = <T_i, x_i>: a warp a token.
+#include "idlora/cuda.h"
 #include "plain.cuh"
 
 namespace idlora::cuda {

@@ -1,4 +1,4 @@
-// The kernels behind the launchers of problems.h; launch.cu chooses among them.
+// The kernels behind the launchers of idlora/cuda.h; choose.cu chooses among them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace idlora::cuda {
 
-// Any problem (plain.cu, plain_backward.cu).
+// Any problem (adapt_plain.cu, backward_plain.cu).
 const char* plain_shared_gemm(const SharedGemmProblem& p, cudaStream_t stream);
 const char* plain_adapt(const AdaptProblem& p, cudaStream_t stream);
 const char* plain_adapt_backward(const AdaptBackwardProblem& p, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// The kernels on the CPU: what CUDA's launch_* compute, with the caller's thread pool and memory for its outputs.
+// The kernels on the CPU: what the launch_* of cuda.h compute, with the caller's thread pool and memory for its outputs.
 //
 // Every result is the same, bit for bit, whatever the number of threads: a sum over tokens has an order of its own.
 #pragma once

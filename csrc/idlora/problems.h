@@ -3,6 +3,9 @@
 // Symbols (arXiv 2602.20727): N tokens, d out-features, k clusters, r rows a cluster (rank), s rank-boost factor,
 // ds = d / s and q = r / s the sides of B. Strides count elements. Tensors without a stride are contiguous.
 //
+// Dtypes: `dtype` is any; the others are `dtype` or float32. d, k, r, s fit an int; N and strides need not.
+// N = 0 is valid: outputs that are sums over tokens become zero.
+//
 // A static router is the a_i themselves, constants: router_rows of them. With one for all clusters (router_rows = 1) the
 // gradients need of x no more than its sum over the clusters, so this is what is kept: x_clusters = 1 instead of k.
 // So does a bounded router (router_rows = 1), which gives all clusters one weight a token, of u = sum_i x_i:
@@ -30,7 +33,7 @@ enum class RouterForm : int32_t { linear = 0, constants = 1, bounded = 2 };
 //   decode    tensor cores, tiles of 16 tokens spread over column slices (N <= 64)
 enum class Variant : int32_t { automatic = 0, plain = 1, prefill = 2, decode = 3 };
 
-// The factor 4, and what the mean square of u is above: see idlora_ext/bounded_router.py.
+// The factor 4, and what the mean square of u is above: see idlora_ext/ops/bounded_router.py.
 constexpr float ROUTER_GAIN = 4, TINY_SQUARE = 1e-24f;
 
 // x_ij = c_ij (y0 - bias)[index_ij]
@@ -113,25 +116,5 @@ struct AdaptBackwardProblem {
   RouterForm router_form;
   Variant variant;
 };
-
-// Dtypes: `dtype` is any; the others are `dtype` or float32. d, k, r, s fit an int; N and strides need not.
-// N = 0 is valid: outputs that are sums over tokens become zero.
-// Every launch is asynchronous on `stream` (a cudaStream_t), allocates nothing, synchronises nothing, uses no atomics on
-// floats, and returns null, or a message that says what went wrong.
-namespace cuda {
-
-const char* launch_cluster_gather(const GatherProblem& p, void* stream);
-const char* launch_rb_scale(const RbScaleProblem& p, void* stream);
-const char* launch_shared_gemm(const SharedGemmProblem& p, void* stream);
-const char* launch_adapt(const AdaptProblem& p, void* stream);
-const char* launch_adapt_backward(const AdaptBackwardProblem& p, void* stream);
-size_t adapt_backward_workspace(const AdaptBackwardProblem& p);
-
-// What `automatic` chooses for the problem on the current device.
-Variant choose(const SharedGemmProblem& p);
-Variant choose(const AdaptProblem& p);
-Variant choose(const AdaptBackwardProblem& p);
-
-}  // namespace cuda
 
 }  // namespace idlora

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cases
-import kernel_library
 import numpy as np
 import torch
 from cases import Case
+from harness import kernel_library
 from torch import Tensor
 
 

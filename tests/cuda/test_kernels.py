@@ -7,11 +7,11 @@ import subprocess
 from typing import Any
 
 import cases
-import kernel_library
 import pytest
 import simulated
 import torch
 from cases import CASES, Case
+from harness import kernel_library
 from torch import Tensor
 
 from idlora_ext import reference

@@ -1,3 +1,4 @@
+// The list of the kernels that this module ships, and what the CUDA runtime says about them.
 #include "resources.h"
 
 #include <cuda_runtime.h>

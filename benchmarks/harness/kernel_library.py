@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIMULATOR = Path(os.environ.get("IDLORA_PTXSIM", ROOT.parent / "shared" / "ptxsim")).resolve()
 BUILD = ROOT / "build" / "simulated"
 

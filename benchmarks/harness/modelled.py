@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import kernel_library
 import torch
 from torch import Tensor
 
 from idlora_ext import reference
+
+from . import kernel_library
 
 SECTOR = 32
 ARCHITECTURES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "idlora/clustering.h"
+#include "idlora/rows.h"
 
 namespace py = pybind11;
 
@@ -133,14 +133,14 @@ void move_rows(const py::array& W, const Labels& before, const Labels& after, py
 
 }  // namespace
 
-void bind_clustering(py::module_& module) {
+void bind_rows(py::module_& module) {
   py::module_ m = module.def_submodule(
       "clustering",
-      "What idlora_ext.clustering computes on the CPU, on numpy arrays. bfloat16 comes as uint16, the same bits. No "
-      "result depends on the number of threads.");
+      "What idlora_ext/rows/passes.py and assignment.py compute on the CPU, on numpy arrays. bfloat16 comes as uint16, "
+      "the same bits. No result depends on the number of threads.");
   m.def("assign", &assign, py::arg("distances"), py::arg("min_size"),
         "labels [d] int64 = argmin sum_i distances[i, labels_i] subject to |{i: labels_i = c}| >= min_size; exact.\n\n"
-        "distances [d, k] float64, finite; min_size from 0 to d / k (ValueError). As idlora_ext.clustering.assign.");
+        "distances [d, k] float64, finite; min_size from 0 to d / k (ValueError). As idlora_ext/rows/assignment.py.");
   m.def("row_squares", &row_squares, py::arg("W"), py::arg("origin"), py::arg("threads") = 1,
         "squares [d] = |W_i - origin|^2\n\n"
         "W [d, d_in] float64, float32, float16 or bfloat16, any distance between its rows; origin [d_in] float64.");

@@ -1,7 +1,8 @@
 // The CPU kernels as torch ops.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "bindings.h"
+#include "call_default.h"
+#include "fits.h"
 #include "idlora/cpu.h"
 
 namespace idlora {

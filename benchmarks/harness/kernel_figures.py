@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import kernel_library
 import torch
-import traffic
-from limits import backward_limit, forward_limit
-from modelled import ARCHITECTURES, SECTOR, Shape, Usage, short_name, stable_name
+
+from . import kernel_library, traffic
+from .limits import backward_limit, forward_limit
+from .modelled import ARCHITECTURES, SECTOR, Shape, Usage, short_name, stable_name
 
 GOAL_DEVICE = "H100"
 

@@ -1,5 +1,6 @@
 // Which kernel serves a problem: plain, or tensor cores for prefill or decode.
 #include "common.cuh"
+#include "idlora/cuda.h"
 #include "variants.h"
 
 namespace idlora::cuda {

@@ -1,9 +1,13 @@
-// The CUDA kernels of the ops: outputs allocated, device guarded, launched on torch's current stream.
+// The CUDA kernels as torch ops: outputs allocated, device guarded, launched on torch's current stream. Empty in a build
+// without CUDA.
+#ifdef IDLORA_CUDA
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings.h"
-#include "cuda/resources.h"
+#include "call_default.h"
+#include "fits.h"
+#include "idlora/cuda.h"
+#include "resources.h"
 
 // In libtorch_cuda, which a CPU build of torch lacks: the module loads there too, and this stays null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -124,3 +128,4 @@ void bind_cuda(pybind11::module_& m) {
     return reason ? std::optional<std::string>(reason) : std::nullopt;
   }, "Why the CUDA kernels cannot run on this device, or None.");
 }
+#endif  // IDLORA_CUDA

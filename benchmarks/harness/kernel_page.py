@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import kernel_library
-from kernel_figures import GOAL_DEVICE, GOALS, Goal
-from modelled import ARCHITECTURES, Usage
+from . import kernel_library
+from .kernel_figures import GOAL_DEVICE, GOALS, Goal
+from .modelled import ARCHITECTURES, Usage
+from .table import table
 
-PAGE = Path(__file__).parent / "KERNELS.md"
+PAGE = Path(__file__).resolve().parents[1] / "KERNELS.md"
 BEGIN, END = "<!-- written by bench_kernels.py: begin -->", "<!-- written by bench_kernels.py: end -->"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose source reads well too."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    out = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    out.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in out)
 
 
 def goal_table(rows: list[dict[str, Any]]) -> str:

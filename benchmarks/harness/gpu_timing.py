@@ -6,14 +6,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import modelled
 import torch
-from limits import backward_limit, forward_limit
-from modelled import Shape
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from idlora_ext.ops.default_kernels import default_kernels
+
+from . import modelled
+from .limits import backward_limit, forward_limit
+from .modelled import Shape
 
 ROUNDS = 50
 

@@ -5,13 +5,14 @@
 #include <utility>
 #include <vector>
 
-#include "idlora/clustering.h"
+#include "idlora/rows.h"
 
 namespace idlora {
 namespace {
 
 // Clusters are nodes. The edge a -> b costs the least of cost[i, b] - cost[i, a] over the rows i now in a. Why this is
-// exact, and why the Q cheapest rows of an edge are enough, is proved in assignment.py; ties are settled as there.
+// exact, and why the Q cheapest rows of an edge are enough, is proved in idlora_ext/rows/assignment.py; ties are settled
+// as there.
 class Flow {
  public:
   Flow(std::vector<int64_t> cost, std::vector<int64_t> size, int64_t* labels, int64_t d, int64_t min_size)

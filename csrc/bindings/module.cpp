@@ -1,14 +1,17 @@
-// The Python module idlora_ext._C. Importing it registers the kernels of bindings_cpu.cpp and bindings_cuda.cpp for the
-// ops that ops.py has defined; what is not a tensor op is bound here with pybind11.
+// The Python module idlora_ext._C. Importing it registers the kernels of cpu.cpp and cuda.cpp for the ops that
+// idlora_ext/ops/library.py has defined; what is not a tensor op is bound with pybind11.
 #include <pybind11/pybind11.h>
 
-#include "bindings.h"
+#include <string>
+#include <utility>
+
 #include "build_info.h"  // written by setup.py
+#include "call_default.h"
 #include "idlora/cpu.h"
 
 namespace py = pybind11;
 
-void bind_clustering(py::module_& m);
+void bind_rows(py::module_& m);
 #ifdef IDLORA_CUDA
 void bind_cuda(py::module_& m);
 #endif
@@ -51,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &idlora::cpu::capability, "The instruction set that the CPU kernels use.");
   m.def("keep", [](py::object error) { Py_XDECREF(std::exchange(idlora::kept, error.release().ptr())); },
         "Keep what a default kernel called from a native one has raised.");
-  bind_clustering(m);
+  bind_rows(m);
 #ifdef IDLORA_CUDA
   bind_cuda(m);
 #endif

@@ -1,6 +1,6 @@
 // The clustering solver: the exact assignment step of k-means with a minimum cluster size, and the two passes over the
-// rows of W around it. idlora_ext/clustering.py and assignment.py say what is computed and why; they are the reference,
-// and the fallback. All arrays are of the host; those without a stride are contiguous. k clusters, d rows.
+// rows of W around it. idlora_ext/rows/{kmeans,passes,assignment}.py say what is computed and why; they are the
+// reference, and the fallback. All arrays are of the host; those without a stride are contiguous. k clusters, d rows.
 #pragma once
 
 #include <cstdint>

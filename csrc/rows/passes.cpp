@@ -11,8 +11,8 @@
 #include <thread>
 #include <vector>
 
-#include "idlora/clustering.h"
 #include "idlora/cpu.h"
+#include "idlora/rows.h"
 
 namespace idlora {
 namespace {
