@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import FIELDS, inputs, layers_of, logits, randomize_adapter, state_of
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
 from idlora_ext.experts import ExpertLinear, UnfusedExperts
+from tests.helpers.models import FIELDS, inputs, layers_of, logits, randomize_adapter, state_of
 
 SIZES = {
     "hidden_size": 64,

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import layers_of, logits, modules_of, randomize_adapter, tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,6 +15,7 @@ import idlora_ext
 from idlora_ext import IdLoraConfig, base_weight, reference
 from idlora_ext.clustering import select_rows
 from idlora_ext.layer import IdLoraLayer
+from tests.helpers.models import layers_of, logits, modules_of, randomize_adapter, tiny_llama
 
 SIZES = {"r": 8, "num_clusters": 4}
 FIELDS = SIZES | {"router": "linear", "selection": "nearest", "row_scale": False, "center": False}

@@ -19,7 +19,6 @@ from compare import __main__ as cli
 from compare import budget, cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
-from conftest import tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -27,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import tiny_gpt2, tiny_llama
 
 WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
 

@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import cases
 import kernel_library
 import numpy as np
 import torch
-from cases import Case
 from torch import Tensor
+
+from tests.kernels import cases
+from tests.kernels.cases import Case
 
 
 class Setting(NamedTuple):

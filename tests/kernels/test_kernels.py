@@ -6,15 +6,14 @@ import math
 import subprocess
 from typing import Any
 
-import cases
 import kernel_library
 import pytest
-import simulated
 import torch
-from cases import CASES, Case
 from torch import Tensor
 
 from idlora_ext import reference
+from tests.kernels import cases, simulated
+from tests.kernels.cases import CASES, Case
 
 NATIVE = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("idlora::adapt", "CUDA")
 needs_gpu = pytest.mark.skipif(

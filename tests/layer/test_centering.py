@@ -6,10 +6,20 @@ import copy
 
 import pytest
 import torch
-from conftest import (
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import idlora_ext
+from idlora_ext import IdLoraConfig
+from idlora_ext.distributed import mean_over_tokens
+from tests.helpers.commands import read_in_plain_peft
+from tests.helpers.models import (
+    CLOSE,
     FIELDS,
     MODELS,
-    fields_for,
+    PLAIN,
+    assert_unchanged,
     inputs,
     layers_of,
     logits,
@@ -17,28 +27,20 @@ from conftest import (
     tiny_gpt2,
     tiny_llama,
     tiny_moe,
+    weights,
 )
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_lora_export import read_in_plain_peft
-from test_merging import CLOSE, assert_unchanged, weights
-from torch import nn
-
-import idlora_ext
-from idlora_ext import IdLoraConfig
-from idlora_ext.distributed import mean_over_tokens
 
 CENTERED = FIELDS | {"router": "static", "center": True}
 FILE = "adapter_model.safetensors"
 
 
 def adapted(kind="llama", **fields):
-    return idlora_ext.apply(MODELS[kind]().double(), **fields_for(kind, **CENTERED), **fields)
+    return idlora_ext.apply(MODELS[kind].make().double(), **MODELS[kind].fields(**CENTERED), **fields)
 
 
 def calibrated(kind="llama", **fields):
     """An adapter with a mean and values for B, as after training."""
-    model = get_peft_model(MODELS[kind]().double(), IdLoraConfig(**fields_for(kind, **CENTERED) | fields))
+    model = get_peft_model(MODELS[kind].make().double(), IdLoraConfig(**MODELS[kind].fields(**CENTERED) | fields))
     idlora_ext.calibrate(model, [inputs()], progress=False)
     return randomize_adapter(model, std=0.2).eval()
 
@@ -65,7 +67,7 @@ def outputs(model, *batches, gradients=False):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])  # many a loop never calls train()
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_the_first_batch_of_training_gives_the_mean_and_no_other(kind, train):
     model = adapted(kind)
     before = logits(model)
@@ -119,9 +121,9 @@ def means_without_padding(model, batch):
 
 
 @pytest.mark.parametrize("door", ["apply", "peft", "transformers"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_tokens_that_pad_the_first_batch_do_not_count(kind, door):
-    model, fields = MODELS[kind]().double(), fields_for(kind, **CENTERED)
+    model, fields = MODELS[kind].make().double(), MODELS[kind].fields(**CENTERED)
     if door == "apply":
         called = idlora_ext.apply(model, **fields)
     elif door == "peft":
@@ -212,10 +214,10 @@ def test_saved_before_training_it_is_still_to_be_taken(tmp_path, trained):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_merging_gives_a_bias_and_unmerging_takes_it_away(kind, shared):
     model = calibrated(kind, shared_router=shared, row_scale=shared, scaling=0.7)
-    base, expected, before = logits(MODELS[kind]().double()), logits(model), weights(model)
+    base, expected, before = logits(MODELS[kind].make().double()), logits(model), weights(model)
     assert (expected - base).abs().max() > 1e-4
     gaining = [name for name, layer in layers_of(model).items() if layer.bias is None]
     if gaining:
@@ -230,7 +232,7 @@ def test_merging_gives_a_bias_and_unmerging_takes_it_away(kind, shared):
     assert weights(model).keys() == before.keys()
     assert torch.equal(logits(model), expected)
     merged = model.merge_and_unload()
-    assert type(merged) is type(MODELS[kind]())
+    assert type(merged) is type(MODELS[kind].make())
     torch.testing.assert_close(logits(merged), expected, **CLOSE)
 
 
@@ -254,7 +256,7 @@ def test_a_merged_llama_loads_again_as_the_warning_says(tmp_path):
 
 
 def test_several_centred_adapters_merge_and_take_part_in_sums_and_mixed_batches():
-    model = get_peft_model(MODELS["qwen2"]().double(), IdLoraConfig(**CENTERED), "static")
+    model = get_peft_model(MODELS["qwen2"].make().double(), IdLoraConfig(**CENTERED), "static")
     model.add_adapter("linear", IdLoraConfig(**FIELDS | {"router": "linear", "center": True}, seed=3))
     model.add_adapter("plain", IdLoraConfig(**FIELDS | {"router": "static", "center": False}, seed=4))
     names = ["static", "linear", "plain"]
@@ -287,7 +289,7 @@ def test_several_centred_adapters_merge_and_take_part_in_sums_and_mixed_batches(
     torch.testing.assert_close(logits(model), expected, **CLOSE)
     idlora_ext.remove(model, "static")
     assert list(layer.centered) == list(layer.idlora_mean.keys()) == ["linear"]
-    original = MODELS["qwen2"]().double()
+    original = MODELS["qwen2"].make().double()
     for name, layer in layers_of(model).items():
         ours, theirs = layer.base_layer.state_dict(), original.get_submodule(name).state_dict()
         assert ours.keys() == theirs.keys()
@@ -298,7 +300,7 @@ def test_plain_peft_reproduces_the_model(tmp_path):
     expected, jobs = {}, []
     for kind in ("llama", "gpt2", "qwen2"):
         model, base, lora = calibrated(kind), tmp_path / f"{kind}-base", str(tmp_path / kind)
-        plain = MODELS[kind]().double()
+        plain = MODELS[kind].make().double()
         plain.save_pretrained(base)
         torch.save(inputs()["input_ids"], base / "ids.pt")
         expected[lora] = logits(model)

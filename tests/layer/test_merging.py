@@ -6,46 +6,34 @@ import copy
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, fields_for, layers_of, logits, randomize_adapter, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import (
+    CLOSE,
+    FIELDS,
+    MODELS,
+    PLAIN,
+    adapted_static,
+    assert_unchanged,
+    layers_of,
+    logits,
+    randomize_static,
+    tiny_llama,
+    weights,
+)
 
 STATIC = FIELDS | {"router": "static"}
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def trained(model, adapter_name="default", seed=1):
-    """Values for B and for the constants, as training would give them."""
-    randomize_adapter(model, adapter_name, std=0.2, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
-            parameter.data.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def adapted(kind="llama", dtype=torch.float64, **fields):
-    return trained(get_peft_model(MODELS[kind]().to(dtype), IdLoraConfig(**fields_for(kind, router="static") | fields)))
-
-
-def weights(model):
-    return {name: parameter.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_unchanged(model, before):
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_merged_unmerged_and_unloaded(kind, shared, safe):
-    model = adapted(kind, shared_router=shared, scaling=0.7)
-    base, expected, before = logits(MODELS[kind]().double()), logits(model), weights(model)
+    model = adapted_static(kind, shared_router=shared, scaling=0.7)
+    base, expected, before = logits(MODELS[kind].make().double()), logits(model), weights(model)
     assert (expected - base).abs().max() > 1e-3
     model.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(logits(model), expected, **CLOSE)
@@ -60,16 +48,16 @@ def test_merged_unmerged_and_unloaded(kind, shared, safe):
     assert torch.equal(logits(model), expected)
     merged = model.merge_and_unload(safe_merge=safe)
     assert not layers_of(merged)
-    assert type(merged) is type(MODELS[kind]())
-    assert merged.state_dict().keys() == MODELS[kind]().state_dict().keys()
+    assert type(merged) is type(MODELS[kind].make())
+    assert merged.state_dict().keys() == MODELS[kind].make().state_dict().keys()
     torch.testing.assert_close(logits(merged), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_is_rounded_once(dtype):
-    model = adapted(dtype=dtype, shared_router=False)
+    model = adapted_static(dtype=dtype, shared_router=False)
     model.add_adapter("second", IdLoraConfig(**STATIC, seed=5))
-    trained(model, "second", seed=5)
+    randomize_static(model, "second", seed=5)
     originals = {name: layer.base_layer.weight.clone() for name, layer in layers_of(model).items()}
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging second"):
@@ -92,9 +80,9 @@ def test_the_sum_is_rounded_once(dtype):
 
 
 def test_several_adapters_sum_and_all_read_the_original_rows():
-    model = adapted()
+    model = adapted_static()
     model.add_adapter("second", IdLoraConfig(**STATIC, shared_router=False, seed=5))
-    trained(model, "second", seed=5)
+    randomize_static(model, "second", seed=5)
     model.base_model.set_adapter(["default", "second"])
     expected, before = logits(model), weights(model)
     model.merge_adapter(["second"])
@@ -108,7 +96,7 @@ def test_several_adapters_sum_and_all_read_the_original_rows():
 
 @pytest.mark.parametrize("router", ["static", "linear"])
 def test_adding_loading_and_saving_while_merged_read_the_original(tmp_path, router):
-    model = adapted()
+    model = adapted_static()
     expected = logits(model)
     model.merge_adapter()
     model.save_pretrained(tmp_path)
@@ -130,7 +118,7 @@ def test_adding_loading_and_saving_while_merged_read_the_original(tmp_path, rout
 
 def test_disabling_deleting_and_removing_restore_the_base_bit_for_bit():
     base = logits(tiny_llama().double())
-    model = adapted()
+    model = adapted_static()
     expected = logits(model)
     model.merge_adapter()
     with model.disable_adapter():
@@ -144,7 +132,7 @@ def test_disabling_deleting_and_removing_restore_the_base_bit_for_bit():
 
 
 def test_in_a_model_without_peft_model():
-    model = trained(idlora_ext.apply(tiny_llama().double(), **STATIC))
+    model = randomize_static(idlora_ext.apply(tiny_llama().double(), **STATIC))
     expected = logits(model)
     for layer in layers_of(model).values():
         layer.merge(safe_merge=True)
@@ -163,7 +151,7 @@ def test_refused_before_any_layer_changes(method):
         assert not any(layer.merged for layer in layers_of(model).values())
         assert len(layers_of(model)) == 14
 
-    model = adapted()
+    model = adapted_static()
     refused(model, "no adapter 'x' to merge; the model has", adapter_names=["default", "x"])
     refused(model, "should be a list of strings", TypeError, adapter_names="default")
     last = list(layers_of(model).values())[-1]
@@ -174,13 +162,13 @@ def test_refused_before_any_layer_changes(method):
         f"layer '{last.name}': NaNs detected in the merged weights. The adapter default seems to be broken",
         safe_merge=True,
     )
-    model = adapted()
+    model = adapted_static()
     model.add_adapter("linear", IdLoraConfig(**FIELDS | {"target_modules": ["down_proj"]}))
     linear = "layer 'model.layers.0.mlp.down_proj', adapter 'linear': .*depend on the token.*router=\"static\""
     refused(model, linear, adapter_names=["default", "linear"])
     model.base_model.disable_adapter_layers()
     refused(model, "the adapters are disabled: enable them first")
-    model = adapted()
+    model = adapted_static()
     last = list(layers_of(model).values())[-1]
     nn.utils.parametrizations.orthogonal(last.base_layer)
     refused(model, f"layer '{last.name}' cannot be merged: W is computed from other parameters")
@@ -204,7 +192,7 @@ def shard(layer):
 )
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 def test_weights_that_cannot_take_the_update_are_refused(change, match, method):
-    model = adapted()
+    model = adapted_static()
     layers = list(layers_of(model).values())
     before = weights(layers[0])
     change(layers[-1])
@@ -215,7 +203,7 @@ def test_weights_that_cannot_take_the_update_are_refused(change, match, method):
 
 
 def test_float16_overflow_is_found_by_safe_merge():
-    model = adapted(dtype=torch.float16)
+    model = adapted_static(dtype=torch.float16)
     layer = next(iter(layers_of(model).values()))
     with torch.no_grad():
         layer.idlora_B["default"].fill_(1e7)
@@ -224,7 +212,7 @@ def test_float16_overflow_is_found_by_safe_merge():
 
 
 def test_tied_weights_are_refused():
-    model = trained(get_peft_model(tiny_llama(tie_word_embeddings=True), IdLoraConfig(**STATIC | HEAD)))
+    model = randomize_static(get_peft_model(tiny_llama(tie_word_embeddings=True), IdLoraConfig(**STATIC | HEAD)))
     before = weights(model)
     with pytest.raises(ValueError, match=r"its weight is that of model\.embed_tokens, lm_head.*Untie"):
         model.merge_adapter()
@@ -235,17 +223,8 @@ HEAD = {"target_modules": ["lm_head", "q_proj"], "r": 8, "rank_boost": 1}
 
 
 def test_experts_are_views_of_fused_parameters():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    def qwen():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 101}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | heads | experts)).eval()
-
-    base = qwen()
-    model = trained(get_peft_model(qwen(), IdLoraConfig(**STATIC)))
+    base = MODELS["moe"].make()
+    model = randomize_static(get_peft_model(MODELS["moe"].make(), IdLoraConfig(**STATIC)))
     assert any(name.endswith("experts.3.down_proj") for name in layers_of(model))
     expected, before = logits(model), weights(model)
     model.merge_adapter(safe_merge=True)
@@ -256,16 +235,16 @@ def test_experts_are_views_of_fused_parameters():
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == base.state_dict().keys()
-    assert not torch.equal(merged.model.layers[0].mlp.experts.down_proj, base.model.layers[0].mlp.experts.down_proj)
+    assert not torch.equal(merged.model.layers[1].mlp.experts.down_proj, base.model.layers[1].mlp.experts.down_proj)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # Conv1D stores its weight the other way round
 def test_peft_converts_a_static_router_to_lora(kind):
     from peft import convert_to_lora, set_peft_model_state_dict
 
-    model = adapted(kind, shared_router=False)
+    model = adapted_static(kind, shared_router=False)
     config, tensors = convert_to_lora(model, rank=8)
-    lora = get_peft_model(MODELS[kind]().double(), config).eval()
+    lora = get_peft_model(MODELS[kind].make().double(), config).eval()
     set_peft_model_state_dict(lora, tensors)
     assert isinstance(config, LoraConfig)
     torch.testing.assert_close(logits(lora), logits(model), rtol=1e-3, atol=1e-3)

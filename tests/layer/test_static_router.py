@@ -7,46 +7,37 @@ import copy
 import pytest
 import torch
 from bench_saved_activations import saved_activations
-from conftest import (
-    FIELDS,
-    MODELS,
-    fields_for,
-    inputs,
-    layers_of,
-    logits,
-    randomize_adapter,
-    tiny_llama,
-    training_losses,
-)
 from peft import PeftModel, get_peft_model
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
 from idlora_ext.inspection import alpha_statistics
+from tests.helpers.models import (
+    FIELDS,
+    MODELS,
+    PLAIN,
+    inputs,
+    layers_of,
+    logits,
+    randomize_adapter,
+    randomize_static,
+    tiny_llama,
+    training_losses,
+)
 
 STATIC = FIELDS | {"router": "static"}
 
 
-def trained(model, adapter_name="default"):
-    """Values for B and for the constants, as training would give them."""
-    randomize_adapter(model, adapter_name, std=0.2)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
-            parameter.data.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_layers_follow_the_equation(kind, shared):
-    model = idlora_ext.apply(MODELS[kind]().double(), **fields_for(kind, router="static", shared_router=shared))
+    model = idlora_ext.apply(MODELS[kind].make().double(), **MODELS[kind].fields(router="static", shared_router=shared))
     layers = layers_of(model)
     for layer in layers.values():
         router = layer.idlora_router["default"]
         assert torch.equal(router, torch.ones(1 if shared else 2))
         assert router.requires_grad
-    for name, layer in layers_of(trained(model)).items():
+    for name, layer in layers_of(randomize_static(model)).items():
         index, router, B = layer._tensors("default", torch.float64)
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         expected = reference.linear(h, layer.get_base_weight(), layer.base_layer.bias, index, router, B)
@@ -78,7 +69,7 @@ def test_training_moves_the_constants(shared, dropout):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_saved_and_loaded_bit_for_bit(tmp_path, shared):
-    model = trained(idlora_ext.apply(tiny_llama(), **STATIC, shared_router=shared))
+    model = randomize_static(idlora_ext.apply(tiny_llama(), **STATIC, shared_router=shared))
     expected = logits(model)
     idlora_ext.save(model, tmp_path)
     assert torch.equal(logits(idlora_ext.load(tiny_llama(), tmp_path)), expected)
@@ -91,7 +82,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, shared):
 def test_beside_a_linear_router_summed_and_in_a_mixed_batch():
     model = get_peft_model(tiny_llama().double(), IdLoraConfig(**FIELDS, shared_router=False), "linear")
     model.add_adapter("static", IdLoraConfig(**STATIC, seed=1))
-    trained(randomize_adapter(model, "linear"), "static").eval()
+    randomize_static(randomize_adapter(model, "linear"), "static").eval()
     ids = inputs(batch=3)["input_ids"]
     with torch.no_grad():
         mixed = model(input_ids=ids, adapter_names=["static", "__base__", "linear"]).logits
@@ -108,7 +99,7 @@ def test_beside_a_linear_router_summed_and_in_a_mixed_batch():
 
 
 def test_summary_and_inspection():
-    model = trained(idlora_ext.apply(tiny_llama(), **STATIC, shared_router=False))
+    model = randomize_static(idlora_ext.apply(tiny_llama(), **STATIC, shared_router=False))
     summary = idlora_ext.summary(model)
     assert summary.router_parameters == 2 * len(summary.rows)
     for name, statistics in alpha_statistics(model, [[1, 2, 3]]).items():

@@ -8,17 +8,6 @@ import zlib
 
 import pytest
 import torch
-from conftest import (
-    FIELDS,
-    MODELS,
-    fields_for,
-    inputs,
-    layers_of,
-    logits,
-    randomize_adapter,
-    tiny_llama,
-    training_losses,
-)
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,6 +16,17 @@ from torch.func import functional_call
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
 from idlora_ext.row_scale import row_scale
+from tests.helpers.models import (
+    FIELDS,
+    MODELS,
+    PLAIN,
+    inputs,
+    layers_of,
+    logits,
+    randomize_adapter,
+    tiny_llama,
+    training_losses,
+)
 
 DEFAULT = "static, scaled pivoted rows, centred"
 VARIANTS = {
@@ -89,9 +89,9 @@ def expected(layer, h, adapter="default"):
     return reference.linear(h, layer.get_base_weight(), base.bias, *tensors, **options(layer, adapter))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_layers_follow_the_equation(kind, variant):
-    model = trained(idlora_ext.apply(stretched(MODELS[kind]().double()), **fields_for(kind, **variant)))
+    model = trained(idlora_ext.apply(stretched(MODELS[kind].make().double()), **MODELS[kind].fields(**variant)))
     for name, layer in layers_of(model).items():
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(layer(h), expected(layer, h), rtol=1e-9, atol=1e-9, msg=name)

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, fields_for, inputs, logits, randomize_adapter, state_of, tiny_bert, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,13 +16,24 @@ from transformers import AutoModelForCausalLM
 import idlora_ext
 from idlora_ext import IdLoraConfig
 from idlora_ext.fingerprint import difference, fingerprint
+from tests.helpers.models import (
+    FIELDS,
+    MODELS,
+    PLAIN,
+    inputs,
+    logits,
+    randomize_adapter,
+    state_of,
+    tiny_bert,
+    tiny_llama,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj."
 
 
 def trained(kind="llama", **fields):
-    return randomize_adapter(idlora_ext.apply(MODELS[kind](), **fields_for(kind, **fields)))
+    return randomize_adapter(idlora_ext.apply(MODELS[kind].make(), **MODELS[kind].fields(**fields)))
 
 
 LOADERS = {
@@ -48,7 +58,7 @@ def no_clustering(monkeypatch):
     monkeypatch.setattr(idlora_ext.layer, "select_rows", refuse)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("saver", SAVERS)
 def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch):
@@ -63,7 +73,7 @@ def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch)
     tensors = load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.") for key in tensors)
     monkeypatch.setattr(idlora_ext.layer, "select_rows", None)  # loading never clusters
-    loaded = LOADERS[loader](MODELS[kind](), tmp_path)
+    loaded = LOADERS[loader](MODELS[kind].make(), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if "idlora" in n)
 

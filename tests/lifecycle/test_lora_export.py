@@ -3,69 +3,50 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import FIELDS, inputs, layers_of, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_qwen2
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_merging import adapted, trained
 from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
 from idlora_ext.cli import main
+from tests.helpers.commands import read_in_plain_peft
+from tests.helpers.models import (
+    FIELDS,
+    MODELS,
+    adapted_static,
+    inputs,
+    layers_of,
+    logits,
+    randomize_static,
+    tiny_llama,
+    tiny_qwen2,
+)
 
 STATIC = FIELDS | {"router": "static"}
-
-PLAIN = """
-import sys
-sys.modules["idlora_ext"] = None  # any import of it fails
-import torch
-from peft import PeftModel
-from safetensors.torch import save_file
-import transformers
-
-results = {}
-for job in sys.argv[2:]:
-    kind, base, adapter = job.split("=")
-    model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float64)
-    model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
-    with torch.no_grad():
-        results[adapter] = model(input_ids=torch.load(base + "/ids.pt")).logits
-assert sys.modules["idlora_ext"] is None
-save_file(results, sys.argv[1])
-"""
-
-
-def read_in_plain_peft(file, jobs):
-    done = subprocess.run([sys.executable, "-c", PLAIN, file, *jobs], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "missing" not in done.stderr.lower(), done.stderr
-    return load_file(file)
 
 
 def test_plain_peft_reproduces_the_model(tmp_path):
     """Ranks that differ, biases, Conv1D, a head trained in full, several adapters of which one is merged."""
     models = {
-        "llama": adapted(
+        "llama": adapted_static(
             "llama", shared_router=False, scaling=0.7, rank_pattern={"k_proj": 4, "layers.1.self_attn.q_proj": 2}
         ),
-        "gpt2": adapted("gpt2", shared_router=False),
-        "qwen2": trained(
+        "gpt2": adapted_static("gpt2", shared_router=False),
+        "qwen2": randomize_static(
             idlora_ext.apply(tiny_qwen2().double(), **STATIC, target_modules=r"model\.layers\.1\..*_proj")
         ),
-        "bert": adapted("bert", modules_to_save=["classifier"], task_type="SEQ_CLS"),
+        "bert": adapted_static("bert", modules_to_save=["classifier"], task_type="SEQ_CLS"),
     }
     nn.init.normal_(models["bert"].classifier.modules_to_save["default"].weight)
     models["llama"].add_adapter("second", IdLoraConfig(**STATIC, seed=3))
-    bases = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen2": tiny_qwen2, "bert": tiny_bert}
     expected, jobs = {}, []
     for kind, model in models.items():
         base, lora = tmp_path / f"{kind}-base", str(tmp_path / kind)
-        plain = bases[kind]().double()
+        plain = MODELS[kind].make().double()
         plain.save_pretrained(base)
         torch.save(inputs()["input_ids"], base / "ids.pt")
         expected[lora] = logits(model)
@@ -95,7 +76,7 @@ def test_plain_peft_reproduces_the_model(tmp_path):
 
 
 def test_the_tensors_are_the_equation(tmp_path):
-    model = adapted(shared_router=False, scaling=0.7, dtype=torch.bfloat16)
+    model = adapted_static(shared_router=False, scaling=0.7, dtype=torch.bfloat16)
     idlora_ext.to_lora(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * 14
@@ -124,7 +105,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
 
     h = torch.randn(3, 16)
     fields = {"r": 8, "num_clusters": 2, "router": "static", "rank_pattern": {"^inner.q": 4}}
-    model = trained(get_peft_model(Model(), IdLoraConfig(**fields, target_modules=r"q|inner\.q")))
+    model = randomize_static(get_peft_model(Model(), IdLoraConfig(**fields, target_modules=r"q|inner\.q")))
     idlora_ext.to_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(Model(), tmp_path)
     assert {name.rpartition(".lora_A")[0] for name, _ in lora.named_parameters() if "lora_A" in name} == {
@@ -136,7 +117,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("broken", ["linear router", "no adapter", "pending", "experts"])
 def test_refused_before_anything_is_written(tmp_path, broken):
-    model, name = adapted(), "default"
+    model, name = adapted_static(), "default"
     if broken == "linear router":
         model.add_adapter(name := "linear", IdLoraConfig(**FIELDS))
         match = r"layer 'model.*', adapter 'linear': .*depend on the token.*router=\"static\""
@@ -160,7 +141,7 @@ def test_refused_before_anything_is_written(tmp_path, broken):
 def test_the_command(tmp_path, capsys):
     base, adapter, output = (str(tmp_path / name) for name in ("base", "adapter", "lora"))
     tiny_llama().save_pretrained(base)
-    model = trained(idlora_ext.apply(tiny_llama(), **STATIC))
+    model = randomize_static(idlora_ext.apply(tiny_llama(), **STATIC))
     idlora_ext.save(model, adapter)
     command = ["export", adapter, "--base", base, "--to", "lora", "--output", output]
     assert main(command) == 0

@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples"
+from tests.helpers.commands import ROOT
+
+FOLDER = ROOT / "examples"
 NOT_EXAMPLES = {"assets", "demo"}  # what they share, and `make demo`
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NOT_EXAMPLES)
 LAUNCHER = {"two_processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assets import dinov2, gsm8k, minilm
-from conftest import FIELDS, inputs, layers_of, randomize_adapter, state_of, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import FIELDS, inputs, layers_of, randomize_adapter, state_of, tiny_gpt2, tiny_llama
 
 
 class MiniLM:

@@ -13,9 +13,9 @@ import sys
 
 import pytest
 import torch
-from conftest import FORMS, options, tensors_of
 
 from idlora_ext import native
+from tests.helpers.problems import FORMS, options, tensors_of
 
 if native.module is None:
     pytest.skip(f"native module: {native.reason}", allow_module_level=True)

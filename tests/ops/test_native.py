@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import bench_cpu
 import pytest
 import torch
-from conftest import FORMS, options, tensors_of
 
 import idlora_ext
 from idlora_ext import environment, native, ops, reference
 from idlora_ext.cli import main
 from idlora_ext.default_kernels import SCHEMAS, default_kernels
+from tests.helpers.commands import ROOT, python
+from tests.helpers.problems import FORMS, every_form, options, tensors_of
 
-ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 needs_module = pytest.mark.skipif(native.module is None, reason=f"native module: {native.reason}")
-
-
-def python(*arguments, cwd=None, **variables):
-    """A fresh interpreter; variables set to None are unset."""
-    given = {name: value for name, value in (os.environ | variables).items() if value is not None}
-    return subprocess.run([sys.executable, *arguments], env=given, cwd=cwd, capture_output=True, text=True)
 
 
 def problem(device="cpu", dtype=torch.float32, leading=(5,), shape=(24, 3, 4, 2), form=FORMS["per-cluster"]):
@@ -79,9 +70,6 @@ def test_in_place_whatever_the_strides(view, dtype, device):
         return
     assert ops.adapt_(y0, *adapter, 0.7) is y0
     assert torch.equal(y0, expected)
-
-
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 @every_form

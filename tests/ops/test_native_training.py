@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from idlora_ext import native
+from tests.helpers.commands import python
 
 TRAIN = """
 import json, sys
 import torch
-from conftest import FIELDS, MODELS, inputs, randomize_adapter
 import idlora_ext
+from tests.helpers.models import FIELDS, MODELS, inputs, randomize_adapter
 
-model = MODELS[sys.argv[1]]().to(getattr(torch, sys.argv[2]))
+model = MODELS[sys.argv[1]].make().to(getattr(torch, sys.argv[2]))
 static = sys.argv[4] == "static"
 router = {"router": sys.argv[4], "shared_router": static, "center": static, "scaling": float(sys.argv[5])}
 idlora_ext.apply(model, **FIELDS | router)
@@ -43,12 +40,8 @@ print(json.dumps(losses))
 
 
 def losses(dtype: str, kernels: str, model: str, router: str, scaling: str) -> list[float]:
-    environment = os.environ | {
-        "IDLORA_NATIVE": "0" if kernels == "default" else "1",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    command = [sys.executable, "-c", TRAIN, model, dtype, kernels, router, scaling]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    switch = "0" if kernels == "default" else "1"
+    done = python("-c", TRAIN, model, dtype, kernels, router, scaling, IDLORA_NATIVE=switch)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

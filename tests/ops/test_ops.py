@@ -6,38 +6,21 @@ import math
 
 import pytest
 import torch
-from conftest import FORMS, adapter_tensors, options, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idlora_ext import ops, reference
+from tests.helpers.problems import (
+    BIASES,
+    adapter_tensors,
+    every_form,
+    fused_and_composed,
+    options,
+    problem,
+)
 
 # d, k, r, s; odd ones too: nothing here is a multiple of a tile
 SHAPES = [(24, 3, 4, 2), (7, 1, 7, 1), (30, 5, 6, 3), (64, 4, 16, 4), (1032, 4, 24, 2), (11, 11, 1, 1)]
 LEADING = {"N=0": (0,), "N=1": (1,), "N=5": (5,), "2x3": (2, 3), "none": ()}
-BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
-
-
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-
-
-def problem(
-    shape,
-    leading=(5,),
-    form=FORMS["per-cluster"],
-    bias=None,
-    dtype=torch.float64,
-    device="cpu",
-    requires_grad=True,
-):
-    d, k, r, s = shape
-    torch.manual_seed(0)
-    index, router, B = tensors_of(form, d, k, r, s, dtype=dtype, device=device)
-    y0 = torch.randn(*leading, d, dtype=torch.float64).to(device, dtype)
-    b = None if bias is None else torch.randn(d, dtype=torch.float64).to(device, dtype)
-    for t in (y0, router, B, b):
-        if t is not None:
-            t.requires_grad_(requires_grad)
-    return y0, index, router, B, b
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
@@ -66,20 +49,6 @@ def test_adapted_linear_layer_is_the_papers_layer():
     index, router, B = adapter_tensors(24, 3, 4, 2)
     y = ops.adapt(h @ W.T, index, router, B, b, 0.7)
     torch.testing.assert_close(y, reference.linear(h, W, b, index, router, B, 0.7), rtol=1e-12, atol=1e-12)
-
-
-def fused_and_composed(index, bias, form):
-    """``adapt`` in one operator, and made of the three."""
-    given = options(form, index)
-
-    def fused(y0, router, B, b):
-        return ops.adapt(y0, index, router, B, b, 0.7, bias_in_y0=bool(bias), **given)
-
-    def composed(y0, router, B, b):
-        x = ops.cluster_gather(y0, index, b if bias else None, given["row_scale"])
-        return ops.shared_gemm(y0, ops.rb_scale(x, router, given["bounded"]), B, None if bias else b, 0.7)
-
-    return fused, composed
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)

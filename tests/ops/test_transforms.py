@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import adapter_tensors, options
-from test_ops import BIASES, every_form, fused_and_composed, problem
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops, reference
+from tests.helpers.problems import BIASES, adapter_tensors, every_form, fused_and_composed, options, problem
 
 every_bias = pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 

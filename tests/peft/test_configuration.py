@@ -8,11 +8,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import FIELDS, MODELS, inputs, layers_of, randomize_adapter, tiny_bert, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import FIELDS, MODELS, inputs, layers_of, randomize_adapter, tiny_bert, tiny_llama
 
 
 def test_the_users_configuration_is_the_models_and_serves_again(tmp_path):
@@ -71,7 +71,7 @@ def test_task_models_train_their_head_in_full(task, head, tmp_path):
 def test_trainable_tokens(kind, door, tmp_path):
     """PEFT trains them for any method whose configuration names them; TRL asks for it where it adds tokens."""
     ids = torch.tensor([[3, 5, 7, 3], [5, 5, 1, 2]])
-    make = MODELS[kind]
+    make = MODELS[kind].make
     config = IdLoraConfig(**FIELDS, trainable_token_indices=[3, 5] if kind == "llama" else {"wte": [3, 5]})
 
     def adapted():

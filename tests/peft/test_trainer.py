@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
-from conftest import FIELDS, MODELS, fields_for, layers_of, logits, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import FIELDS, MODELS, PLAIN, layers_of, logits, tiny_llama
 
 DOORS = {
     "apply": lambda: idlora_ext.apply(tiny_llama(), dropout=0.1, **FIELDS),
@@ -103,9 +103,9 @@ def test_trainers_of_other_models_are_left_alone(tmp_path):
         assert run.state.global_step == 8
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_every_kind_of_model_learns_saves_and_reloads(kind, tmp_path):
-    model = idlora_ext.apply(MODELS[kind](), **fields_for(kind, exclude_modules=None))
+    model = idlora_ext.apply(MODELS[kind].make(), **MODELS[kind].fields(exclude_modules=None))
     data = rows(4)  # few enough to be learned by heart
     if kind == "bert":
         data = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(data)]
@@ -115,7 +115,7 @@ def test_every_kind_of_model_learns_saves_and_reloads(kind, tmp_path):
     assert sum(losses(run)[-3:]) < sum(losses(run)[:3])
     assert all(layer.idlora_B["default"].abs().sum() > 0 for layer in layers_of(model).values())
     model.save_pretrained(tmp_path / "adapter")
-    reloaded = idlora_ext.load(MODELS[kind](), tmp_path / "adapter")
+    reloaded = idlora_ext.load(MODELS[kind].make(), tmp_path / "adapter")
     assert torch.equal(logits(reloaded), logits(model.eval()))
     ids = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     if kind != "bert":

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FIELDS, layers_of, logits, randomize_adapter, tiny_gpt2, tiny_llama, tiny_qwen2
 from peft import PeftModel, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import FIELDS, MODELS, layers_of, logits, randomize_adapter, tiny_llama
 
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen2": tiny_qwen2}
+KINDS = ("llama", "gpt2", "qwen2")
 DOORS = {
     "apply": lambda model, **fields: idlora_ext.apply(model, **FIELDS | fields, progress=False),
     "get_peft_model": lambda model, **fields: get_peft_model(model, IdLoraConfig(**FIELDS | fields)),
@@ -45,9 +45,9 @@ def assert_same(ours, theirs, **tolerance):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_no_bit(kind, door, use_reentrant):
-    model = randomize_adapter(DOORS[door](MODELS[kind]())).train()
+    model = randomize_adapter(DOORS[door](MODELS[kind].make())).train()
     for module in model.modules():  # GPT-2 has dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -158,10 +158,10 @@ def test_compiled_with_several_adapters_and_with_none():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_autocast_forward_and_backward(kind, dtype):
     """No further from float64 than the same model with its adapters in plain PyTorch: twice, gradients three times."""
-    model = randomize_adapter(DOORS["apply"](MODELS[kind]())).eval()
+    model = randomize_adapter(DOORS["apply"](MODELS[kind].make())).eval()
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     with torch.autocast("cpu", dtype):
         low = gradients(model, batch(4, 16), scale=scale)

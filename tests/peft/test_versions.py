@@ -11,7 +11,7 @@ import pytest
 
 from idlora_ext.tested_versions import TESTED, oldest, warn_if_untested
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_range_is_that_of_the_requirements():

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from idlora_ext.clustering import SELECTIONS, assign, constrained_kmeans, select_rows
+from tests.helpers.problems import DEGENERATE, MATRICES, matrix
 
 
 def total(distances: Tensor, labels: Tensor) -> float:
@@ -45,22 +46,6 @@ def inertia_of(W: Tensor, labels: Tensor) -> float:
     """Of the partition alone, with the means as centroids; float64."""
     clusters = [W[labels == c].double() for c in labels.unique()]
     return sum(float((x - x.mean(0)).square().sum()) for x in clusters)
-
-
-def matrix(kind: str, d: int = 640, d_in: int = 256, seed: int = 0) -> Tensor:
-    """Rows of the kinds that weights have: alike, of very different norms, with outliers, few directions."""
-    g = torch.Generator().manual_seed(seed)
-    W = torch.randn(d, d_in, generator=g)
-    if kind == "heavy tails":
-        W *= torch.randn(d, 1, generator=g).mul(0.7).exp()
-    elif kind == "outlier rows":
-        W[torch.randperm(d, generator=g)[:6]] *= 20
-    elif kind == "low rank":
-        W = W[:, :8] @ torch.randn(8, d_in, generator=g) * torch.randn(d, 1, generator=g).exp() + W
-    return W
-
-
-KINDS = ("gaussian", "heavy tails", "outlier rows", "low rank")
 
 
 @pytest.mark.parametrize("k", range(1, 7))
@@ -119,7 +104,7 @@ def test_many_clusters():
 
 
 @pytest.mark.parametrize("start", ["random rows", "k-means++"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATRICES)
 def test_objective_is_no_worse_than_that_of_k_means_constrained(kind, start):
     module = pytest.importorskip("k_means_constrained")
     k, min_size = 4, 96
@@ -137,7 +122,7 @@ def test_objective_is_no_worse_than_that_of_k_means_constrained(kind, start):
             assert np.bincount(peer.labels_).min() == min_size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATRICES)
 def test_result_is_consistent(kind):
     W = matrix(kind)
     result = constrained_kmeans(W, 4, 100, seed=1)
@@ -152,7 +137,7 @@ def test_result_is_consistent(kind):
     assert total(distances, assign(distances, 100)) == pytest.approx(result.inertia, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATRICES)
 def test_every_iteration_lowers_the_inertia(kind):
     W = matrix(kind)
     whole = constrained_kmeans(W, 4, 100)
@@ -229,7 +214,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "every row twice"])
+@pytest.mark.parametrize("kind", [*MATRICES, "every row twice"])
 def test_rows_do_not_depend_on_the_number_of_threads(kind, threads):
     W = matrix(kind, d=2048, d_in=1024)
     if kind == "every row twice":
@@ -284,20 +269,6 @@ def test_sequential_and_random():
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert a.max() >= 60  # from all rows
-
-
-DEGENERATE = {
-    "zeros": torch.zeros(40, 6),
-    "one constant": torch.full((40, 6), 0.1),
-    "constant rows": torch.arange(40.0)[:, None].expand(40, 6),
-    "two distinct rows": torch.tensor([[1.0, 2, 3], [-1, 0.1, 0.3]]).repeat(20, 1),
-    "three distinct rows, very uneven": torch.eye(3)[[0] * 38 + [1, 2]],
-    "an outlier beyond all bounds": torch.cat([torch.full((1, 6), 1e30), torch.eye(6).repeat(7, 1)[:39]]),
-    "tiny": torch.full((40, 6), 1e-40),
-    "huge": torch.linspace(-1, 1, 240, dtype=torch.float64).view(40, 6) * 1e150,
-    "one feature": torch.arange(40.0)[:, None],
-    "as many rows as places": matrix("gaussian", d=20, d_in=6),
-}
 
 
 @pytest.mark.parametrize("name", DEGENERATE)

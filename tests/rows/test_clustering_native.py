@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from test_clustering import DEGENERATE, KINDS, matrix
 from torch import Tensor
 
 from idlora_ext import native
 from idlora_ext.clustering import assign, constrained_kmeans, select_rows
+from tests.helpers.problems import DEGENERATE, MATRICES, matrix
 
 if native.module is None:
     pytest.skip(f"no native module: {native.reason}", allow_module_level=True)
@@ -124,7 +124,7 @@ def test_larger_assignments(in_python):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATRICES)
 def test_clustering_is_that_of_the_python_passes(kind, dtype, in_python):
     for d, d_in, k, min_size in [(640, 256, 4, 96), (500, 37, 3, 100), (201, 1025, 5, 40), (301, 700, 1, 1)]:
         W = matrix(kind, d, d_in, seed=d).to(dtype)
@@ -135,7 +135,7 @@ def test_clustering_is_that_of_the_python_passes(kind, dtype, in_python):
         torch.testing.assert_close(result.distances, expected.distances, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATRICES)
 def test_rows_are_those_of_the_python_passes(kind, in_python):
     W = matrix(kind, 1024, 300)
     assert torch.equal(select_rows(W, 4, 100), in_python(select_rows, W, 4, 100))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import FIELDS, layers_of, tiny_llama
 
 import idlora_ext
 from idlora_ext import pivoting, reference
 from idlora_ext.clustering import constrained_kmeans, select_rows
 from idlora_ext.pivoting import pivoted_rows
+from tests.helpers.models import FIELDS, layers_of, tiny_llama
 
 
 def graded(d, d_in, decay=0.9, seed=0):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER, PNG, error_of, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import idlora_ext
@@ -19,6 +18,8 @@ from idlora_ext.cli import ADAPTER_OPTIONS, build_parser, main
 from idlora_ext.finetune import Settings
 from idlora_ext.inspection import compare
 from idlora_ext.layer import IdLoraLayer
+from tests.helpers.commands import ADAPTER, PNG, error_of
+from tests.helpers.models import tiny_llama
 
 # --- generate --------------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, write_jsonl
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from idlora_ext.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
+from tests.helpers.text import byte_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

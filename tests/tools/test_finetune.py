@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER, PNG, error_of, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import idlora_ext
 from idlora_ext.cli import main
+from tests.helpers.commands import ADAPTER, PNG, error_of
+from tests.helpers.text import write_jsonl
 
 RESULTS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "metrics.json", "loss.png"}
 

@@ -1,4 +1,4 @@
-"""What ``tests/test_distributed.py`` runs on every rank: ``torchrun --nproc-per-node 2 distributed_worker.py DIR``.
+"""What ``test_distributed.py`` runs on every rank: ``torchrun --nproc-per-node 2 distributed_worker.py DIR``.
 
 What each scenario returns is written as ``DIR/NAME.RANKofWORLD``, or the text of its error. With one process the same
 scenarios give what two must agree with: in float64, where summing in another order does not show.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import FIELDS, logits, randomize_adapter, state_of, tiny_llama
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import idlora_ext
 from idlora_ext import IdLoraConfig, layer
 from idlora_ext.layer import IdLoraLayer
+from tests.helpers.models import FIELDS, logits, randomize_adapter, state_of, tiny_llama
 
 SIZE = 4  # rows of the global batch
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FIELDS, logits, state_of, tiny_llama
-from distributed_worker import SCENARIOS
 
 import idlora_ext
 from idlora_ext import distributed
+from tests.helpers.commands import environment
+from tests.helpers.models import FIELDS, logits, state_of, tiny_llama
+from tests.tuner import distributed_worker
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +28,11 @@ def records(tmp_path_factory):
     return lambda name: [read(directory, name, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2))]
 
 
-def run(world, directory, *names, **environment):
-    command = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [sys.executable, *command, str(TESTS / "distributed_worker.py"), str(directory), *names]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
+def run(world, directory, *names, **variables):
+    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [sys.executable, *launcher, distributed_worker.__file__, str(directory), *names]
+    given = environment(OMP_NUM_THREADS="1", **variables)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -125,7 +123,7 @@ def test_fsdp2_saves_whole_tensors_and_loads_into_the_sharded_model(records):
         assert record["late unchanged"]
 
 
-@pytest.mark.parametrize("name", [n for n in SCENARIOS if n.startswith("trainer_")])
+@pytest.mark.parametrize("name", [n for n in distributed_worker.SCENARIOS if n.startswith("trainer_")])
 def test_trainer_on_two_ranks(records, name):
     one, *two = records(name)
     for record in two:

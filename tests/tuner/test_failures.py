@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FIELDS, logits, randomize_adapter, state_of, tiny_llama
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
+from tests.helpers.models import FIELDS, logits, randomize_adapter, state_of, tiny_llama
 
 
 def test_applying_a_name_twice_is_an_error_and_changes_nothing():

@@ -8,10 +8,17 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import (
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import idlora_ext
+from idlora_ext import IdLoraConfig, ops, reference
+from idlora_ext.config import fit_rank
+from tests.helpers.models import (
     FIELDS,
     MODELS,
-    fields_for,
+    PLAIN,
     inputs,
     layers_of,
     logits,
@@ -20,13 +27,6 @@ from conftest import (
     tiny_bert,
     tiny_llama,
 )
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-import idlora_ext
-from idlora_ext import IdLoraConfig, ops, reference
-from idlora_ext.config import fit_rank
 
 DOORS = {
     "apply": lambda model, **fields: idlora_ext.apply(model, **fields),
@@ -36,17 +36,17 @@ DOORS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=PLAIN)
 def kind(request):
     return request.param
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_adapts_every_linear_layer(kind, door):
-    model = MODELS[kind]()
+    model = MODELS[kind].make()
     before = logits(model)
     targets = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))} - {"lm_head", "classifier"}
-    adapted = DOORS[door](model, **fields_for(kind))
+    adapted = DOORS[door](model, **MODELS[kind].fields())
     layers = layers_of(adapted)
     assert set(layers) == targets
     assert all(layer.idlora_B["default"].count_nonzero() == 0 for layer in layers.values())
@@ -61,7 +61,7 @@ def test_every_door_adapts_every_linear_layer(kind, door):
 def test_same_configuration_gives_the_same_adapter_by_every_door(kind):
     tensors = {}
     for door, adapt in DOORS.items():
-        model = adapt(MODELS[kind](), **fields_for(kind, shared_router=False, seed=3))
+        model = adapt(MODELS[kind].make(), **MODELS[kind].fields(shared_router=False, seed=3))
         tensors[door] = {
             name + key: value
             for name, layer in layers_of(model).items()
@@ -75,7 +75,9 @@ def test_same_configuration_gives_the_same_adapter_by_every_door(kind):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-cluster"])
 def test_adapted_layer_is_the_papers_equation(kind, shared):
-    model = randomize_adapter(idlora_ext.apply(MODELS[kind](), **fields_for(kind, shared_router=shared, scaling=0.5)))
+    model = randomize_adapter(
+        idlora_ext.apply(MODELS[kind].make(), **MODELS[kind].fields(shared_router=shared, scaling=0.5))
+    )
     model.double()
     for layer in layers_of(model).values():
         h = torch.randn(3, layer.in_features, dtype=torch.float64)
@@ -91,8 +93,8 @@ def test_adapted_layer_is_the_papers_equation(kind, shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_untrained_layers_return_the_base_output(kind, dtype):
     """Without bias bit for bit; with a bias within one extra rounding of the output's dtype."""
-    base = MODELS[kind]().to(dtype)
-    for layer in layers_of(idlora_ext.apply(base, **fields_for(kind))).values():
+    base = MODELS[kind].make().to(dtype)
+    for layer in layers_of(idlora_ext.apply(base, **MODELS[kind].fields())).values():
         h = torch.randn(50, layer.in_features).to(dtype)
         expected = layer.base_layer(h)
         y = layer(h)
@@ -136,10 +138,10 @@ def test_opaque_base_layer_with_a_bias():
 
 
 def test_remove_restores_objects_outputs_and_trainability(kind):
-    model = MODELS[kind]()
+    model = MODELS[kind].make()
     next(model.parameters()).requires_grad_(False)  # what was frozen before stays frozen
     before, output = state_of(model), logits(model)
-    assert idlora_ext.apply(model, **fields_for(kind)) is model
+    assert idlora_ext.apply(model, **MODELS[kind].fields()) is model
     randomize_adapter(model)
     assert not torch.equal(logits(model), output)
     assert idlora_ext.remove(model) is model
@@ -147,7 +149,7 @@ def test_remove_restores_objects_outputs_and_trainability(kind):
     assert torch.equal(logits(model), output)
     with pytest.raises(ValueError, match="the model has no ID-LoRA adapter"):
         idlora_ext.remove(model)
-    idlora_ext.apply(model, **fields_for(kind))  # and it can be adapted again
+    idlora_ext.apply(model, **MODELS[kind].fields())  # and it can be adapted again
 
 
 def test_remove_takes_a_peft_model_apart_too():
@@ -193,13 +195,13 @@ def test_several_adapters():
 
 
 def test_disabling_is_bit_equal_to_the_base(kind):
-    base = logits(MODELS[kind]())
-    model = randomize_adapter(idlora_ext.apply(MODELS[kind](), **fields_for(kind)))
+    base = logits(MODELS[kind].make())
+    model = randomize_adapter(idlora_ext.apply(MODELS[kind].make(), **MODELS[kind].fields()))
     model.disable_adapters()
     assert torch.equal(logits(model), base)
     model.enable_adapters()
     assert not torch.equal(logits(model), base)
-    peft_model = randomize_adapter(get_peft_model(MODELS[kind](), IdLoraConfig(**fields_for(kind))))
+    peft_model = randomize_adapter(get_peft_model(MODELS[kind].make(), IdLoraConfig(**MODELS[kind].fields())))
     with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model), base)
 
@@ -218,8 +220,8 @@ def test_narrow_layers_shrink_with_one_message():
 
 def test_without_gradients_a_layer_writes_into_what_its_base_returned(kind):
     """But where something else may hold that: a hooked base layer, an output that is wanted for itself."""
-    model = MODELS[kind]()
-    idlora_ext.apply(model, **fields_for(kind))
+    model = MODELS[kind].make()
+    idlora_ext.apply(model, **MODELS[kind].fields())
     randomize_adapter(model.eval())
     expected = logits(model)
     with mock.patch.object(ops, "adapt_", side_effect=ops.adapt_) as in_place:

@@ -1,4 +1,4 @@
-"""Run PEFT's own behaviour tests against ID-LoRA: ``python tests/peft_own/run.py [pytest arguments]``.
+"""Run PEFT's own behaviour tests against ID-LoRA: ``python tests/peft/own/run.py [pytest arguments]``.
 
 Fetches the sources of the installed PEFT (its tests are not in the wheel), puts small random models where they ask the
 hub, and runs them with ``plugin.py``, which adds our rows to their lists. Their files stay as they are.
@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parents[1] / "build" / "peft_own"
+BUILD = HERE.parents[2] / "build" / "peft_own"
 SITE = BUILD / "site"
 # Left out, since nothing in them could be ours: files of one other method each, of convolutions (vision_models), of mixed
 # models (refused), of adapters on the hub (auto, hub_features), and of GPUs. test_torch_compile has its counterpart in
-# tests/test_training_stack.py.
+# tests/peft/test_training_stack.py.
 FILES = [
     "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models", "seq_classifier",
     "token_classification_qa", "config", "low_level_api", "mapping", "other", "tuners_utils",
