@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST := -m pytest --numprocesses auto --dist loadgroup
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 QUICK := not real_model and not subprocess and not simulator
 VERSIONS_TESTS := tests/tuner/test_tuner.py tests/tuner/test_failures.py tests/tuner/test_mixed_batches.py tests/lifecycle/test_checkpoint.py \
 	$(addprefix tests/peft/test_,versions.py trainer.py behaviours.py configuration.py refusals.py)

@@ -26,6 +26,22 @@ NVTX = Path(__file__).parent / "helpers" / "nvtx_injection.c"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
+# Seconds of work: these start first, so that all processes end together.
+LONGEST = (
+    "test_kernels",
+    "test_examples",
+    "test_distributed",
+    "test_compare",
+    "test_cpu_kernels",
+    "test_cli",
+    "test_ops",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:

@@ -109,11 +109,13 @@ def ranges(*phases_and_ops: tuple[str, str]) -> Counter:
 ADAPT = (("forward", "adapt"), ("backward", "adapt_backward"))
 
 
+@pytest.mark.subprocess
 def test_no_ranges_by_default(recorded):
     assert recorded["off"] == []
     assert recorded[""] == [], "something lies between the scenarios"
 
 
+@pytest.mark.subprocess
 def test_ranges_name_layer_phase_and_op(recorded):
     assert Counter(recorded["on"]) == ranges(*ADAPT)
     forward, backward = recorded["on"][:14], recorded["on"][14:]
@@ -122,25 +124,30 @@ def test_ranges_name_layer_phase_and_op(recorded):
     assert backward[0] == "model.layers.1.mlp.down_proj | backward | idlora::adapt_backward"
 
 
+@pytest.mark.subprocess
 def test_ranges_of_the_single_ops(recorded):
     single = ("cluster_gather", "rb_scale", "shared_gemm")
     both = [*(("forward", op) for op in single), *(("backward", f"{op}_backward") for op in single)]
     assert Counter(recorded["single_ops"]) == ranges(*both)
 
 
+@pytest.mark.subprocess
 def test_checkpointed_blocks_run_outside_backward_ranges(recorded):
     """Recomputation starts when saved tensors are asked for. (That no ranges are nested the recorder has checked.)"""
     assert Counter(recorded["checkpointed"]) == ranges(("forward", "adapt"), *ADAPT)
 
 
+@pytest.mark.subprocess
 def test_backward_on_another_thread(recorded):
     assert Counter(recorded["backward_thread"]) == ranges(*ADAPT)
 
 
+@pytest.mark.subprocess
 def test_compiled_code_has_no_ranges_and_is_not_compiled_anew(recorded):
     assert recorded["compiled"] == []
 
 
+@pytest.mark.subprocess
 def test_switch_in_the_environment(record):
     names = record("-c", "from tests import test_profiling; test_profiling.off()", IDLORA_NVTX="1")
     assert Counter(names[""]) == ranges(*ADAPT)

@@ -49,6 +49,7 @@ def test_limits_count_every_tensor_once(form):
         assert limits.backward_limit(*sizes, **said) == moved(y, x, *read, *gradients)
 
 
+@pytest.mark.subprocess
 def test_replay_of_a_model(record):
     names = record(profile_nsight.__file__, "--model", "smollm2-135m", "--tokens", "5", "--iterations", "2")
     layers = {(0, "self_attn.q_proj", 576, 128), (0, "self_attn.k_proj", 192, 48), (0, "mlp.gate_proj", 1536, 128)}

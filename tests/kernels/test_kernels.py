@@ -15,6 +15,8 @@ from idlora_ext import reference
 from tests.kernels import cases, simulated
 from tests.kernels.cases import CASES, Case
 
+pytestmark = pytest.mark.simulator
+
 NATIVE = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("idlora::adapt", "CUDA")
 needs_gpu = pytest.mark.skipif(
     not NATIVE, reason="no GPU" if not torch.cuda.is_available() else "idlora_ext was built without CUDA kernels"

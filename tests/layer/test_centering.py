@@ -296,6 +296,7 @@ def test_several_centred_adapters_merge_and_take_part_in_sums_and_mixed_batches(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.subprocess
 def test_plain_peft_reproduces_the_model(tmp_path):
     expected, jobs = {}, []
     for kind in ("llama", "gpt2", "qwen2"):

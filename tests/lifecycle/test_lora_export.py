@@ -29,6 +29,7 @@ from tests.helpers.models import (
 STATIC = FIELDS | {"router": "static"}
 
 
+@pytest.mark.subprocess
 def test_plain_peft_reproduces_the_model(tmp_path):
     """Ranks that differ, biases, Conv1D, a head trained in full, several adapters of which one is merged."""
     models = {

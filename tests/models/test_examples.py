@@ -20,6 +20,7 @@ SECONDS = 300  # about twenty when nothing else runs
 
 
 @pytest.mark.real_model
+@pytest.mark.subprocess
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
     path = FOLDER / f"{name}.py"

@@ -10,6 +10,8 @@ import torch
 from idlora_ext import native
 from tests.helpers.commands import python
 
+pytestmark = pytest.mark.subprocess
+
 TRAIN = """
 import json, sys
 import torch

@@ -237,6 +237,7 @@ def stderr_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if not of_libraries.match(line)]
 
 
+@pytest.mark.subprocess
 def test_as_a_program(run_path: Path) -> None:
     inspect, error = idlora("inspect", str(run_path)), idlora("generate", "./missing", "--adapter", str(run_path))
     assert (inspect.returncode, stderr_lines(inspect)) == (0, [])

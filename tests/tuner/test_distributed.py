@@ -15,7 +15,10 @@ from tests.helpers.commands import environment
 from tests.helpers.models import FIELDS, logits, state_of, tiny_llama
 from tests.tuner import distributed_worker
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+pytestmark = [
+    pytest.mark.subprocess,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops
 from idlora_ext.mixed_batches import Groups
-from tests.helpers.models import FIELDS, MODELS, PLAIN, layers_of, randomize_adapter, tiny_bert, tiny_llama
+from tests.helpers.models import FIELDS, MODELS, PLAIN, Invariant, layers_of, randomize_adapter, tiny_bert, tiny_llama
+from tests.helpers.problems import every_pair, named
 
 NATIVE = idlora_ext.native.module is not None  # in plain PyTorch, products with B depend on the number of tokens
 NAMES = ["fr", "__base__", "de", "it", "fr", "de"]
@@ -83,14 +84,6 @@ class TorchCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class Invariant(nn.Linear):
-    """A base layer whose rows do not depend on their batch, as those of a matrix product may."""
-
-    def forward(self, h):
-        y = (h.unsqueeze(-2) * self.weight).sum(-1)
-        return y if self.bias is None else y + self.bias
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_rows_of_a_layer_are_bit_equal_to_running_them_without_the_others(dtype, bias):
@@ -135,9 +128,7 @@ def test_rows_of_plain_layers_are_bit_equal_to_running_their_adapter_on_the_whol
                         torch.testing.assert_close(y[row], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("door", ["peft", "apply"])
-@pytest.mark.parametrize("kind", PLAIN)
+@every_pair(kind=named(PLAIN), door=named(["peft", "apply"]), dtype=named([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_rows_of_a_model_are_those_of_running_them_alone(kind, door, dtype):
     model = adapted(kind, door, dtype)
