@@ -27,6 +27,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from idlora_ext import IdLoraConfig
 from tests.helpers.models import tiny_gpt2, tiny_llama
+from tests.helpers.problems import each, named
 
 WORDS = ["".join(pair) for pair in product("abcdefgh", repeat=2)][:60]  # digits would not tell documents apart
 
@@ -69,6 +70,7 @@ def study(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr()
 
 
+@pytest.mark.subprocess
 def test_cycle(model, tmp_path, monkeypatch, capsys):
     options = ["lr", "--model", model, "--steps", 3, "--results", tmp_path, "--only", "idlora-r32"]
     code, output = study(monkeypatch, capsys, *options, "--limit", 1, "--jobs", 2)
@@ -99,8 +101,10 @@ def test_cycle(model, tmp_path, monkeypatch, capsys):
     assert file.stem in output.out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "lora-fa-r8", "hydralora-r4", "vera-r256", "idlora-r32-static"])
+@each(
+    method=named(["full", "lora-fa-r8", "hydralora-r4", "vera-r256", "idlora-r32-static"]),
+    dtype=named(["bfloat16", "float32"]),
+)
 def test_a_run_of_each_kind(model, method, dtype):
     result = run.measure(experiment(model, method, task="mixture", dtype=dtype))
     metrics = result["metrics"]
@@ -288,6 +292,7 @@ def test_accuracy_is_that_of_one_choice_at_a_time():
     assert objectives.choice_accuracy(model, problems, "cpu", batch=2) == right / 3
 
 
+@pytest.mark.subprocess
 def test_costs_are_measured_in_fresh_processes_and_tabulated(model, tmp_path, monkeypatch, capsys):
     output = tmp_path / "cost.json"
     options = ["--model", model, "--repeats", 1, "--steps", 1, "--batch", 1, "--length", 32, "--output", output]

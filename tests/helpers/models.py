@@ -116,6 +116,14 @@ def mlp() -> nn.Module:
     return MLP().eval()
 
 
+class Invariant(nn.Linear):
+    """A base layer whose rows do not depend on their batch, as those of a matrix product may."""
+
+    def forward(self, h):
+        y = (h.unsqueeze(-2) * self.weight).sum(-1)
+        return y if self.bias is None else y + self.bias
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 # Fits every layer of the models; the paper's equations, as they stand.

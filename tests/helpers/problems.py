@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -28,6 +29,18 @@ def every_pair(**values: dict[str, Any]) -> pytest.MarkDecorator:
         left -= pairs(chosen[-1])
     arguments = [tuple(values[name][key] for name, key in zip(names, case, strict=True)) for case in chosen]
     return pytest.mark.parametrize(names, arguments, ids=["-".join(case) for case in chosen])
+
+
+def each(**values: dict[str, Any]) -> pytest.MarkDecorator:
+    """Parameters as above, and every value at least once: as many cases as the longest has values."""
+    names, count = list(values), max(map(len, values.values()))
+    cases = [[list(some)[i % len(some)] for some in values.values()] for i in range(count)]
+    arguments = [tuple(values[name][key] for name, key in zip(names, case, strict=True)) for case in cases]
+    return pytest.mark.parametrize(names, arguments, ids=["-".join(case) for case in cases])
+
+
+def named(values: Iterable[Any]) -> dict[str, Any]:
+    return {str(value): value for value in values}
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -65,9 +78,15 @@ FORMS: dict[str, dict[str, bool]] = {
     "static, scaled": {"static": True, "shared": True, "scaled": True},
     "bounded, scaled": {"shared": True, "bounded": True, "scaled": True},
 }
+# One form with each router, scaled rows in every second one: where a router's shape and a scale are not at odds.
+EVERY_ROUTER = {
+    name: FORMS[name]
+    for name in ("per-cluster, scaled", "shared", "static-per-cluster", "static, scaled", "bounded, scaled")
+}
 BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_router = pytest.mark.parametrize("form", EVERY_ROUTER.values(), ids=EVERY_ROUTER)
 
 
 def tensors_of(form: dict[str, bool], *shape: int, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -212,5 +212,23 @@ def _forms(cases: list[Case]) -> Iterator[Case]:
             yield replace(case, bounded=bounded, scaled=scaled, static=static, shared=bounded or case.shared)
 
 
-CASES = list(dict.fromkeys(_cases()))
-CASES += [*dict.fromkeys(_static(CASES)), *dict.fromkeys(_forms(CASES))]
+def _thinned(cases: list[Case]) -> Iterator[Case]:
+    """The cases in which, for a variant of an op, two properties meet for the first time. Sizes have to meet the dtype and
+    the kind of router alone: the rest is for all sizes the same code."""
+    met = set()
+    for case in cases:
+        properties = {name: value for name, value in vars(case).items() if name not in ("op", "variant")}
+        pairs = set(itertools.combinations(properties.items(), 2))
+        pairs -= {
+            (a, b)
+            for a, b in pairs
+            if {a[0], b[0]} & {"shape", "N"} and not {a[0], b[0]} & {"dtype", "static", "bounded"}
+        }
+        new = {(case.op, case.variant, *pair) for pair in pairs} - met
+        met |= new
+        if new:
+            yield case
+
+
+_every = list(dict.fromkeys(_cases()))
+CASES = list(_thinned([*_every, *dict.fromkeys(_static(_every)), *dict.fromkeys(_forms(_every))]))

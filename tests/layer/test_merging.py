@@ -24,13 +24,12 @@ from tests.helpers.models import (
     tiny_llama,
     weights,
 )
+from tests.helpers.problems import every_pair, named
 
 STATIC = FIELDS | {"router": "static"}
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", PLAIN)
+@every_pair(kind=named(PLAIN), shared=named([True, False]), safe=named([False, True]))
 def test_merged_unmerged_and_unloaded(kind, shared, safe):
     model = adapted_static(kind, shared_router=shared, scaling=0.7)
     base, expected, before = logits(MODELS[kind].make().double()), logits(model), weights(model)

@@ -27,6 +27,7 @@ from tests.helpers.models import (
     tiny_bert,
     tiny_llama,
 )
+from tests.helpers.problems import every_pair, named
 
 WEIGHTS = "adapter_model.safetensors"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -58,9 +59,7 @@ def no_clustering(monkeypatch):
     monkeypatch.setattr(idlora_ext.layer, "select_rows", refuse)
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("saver", SAVERS)
+@every_pair(kind=named(PLAIN), saver=named(SAVERS), loader=named(LOADERS))
 def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch):
     model = trained(kind)
     expected = logits(model)

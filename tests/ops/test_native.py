@@ -16,7 +16,7 @@ from idlora_ext import environment, native, ops, reference
 from idlora_ext.cli import main
 from idlora_ext.default_kernels import SCHEMAS, default_kernels
 from tests.helpers.commands import ROOT, python
-from tests.helpers.problems import FORMS, every_form, options, tensors_of
+from tests.helpers.problems import EVERY_ROUTER, FORMS, each, every_form, named, options, tensors_of
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 needs_module = pytest.mark.skipif(native.module is None, reason=f"native module: {native.reason}")
@@ -72,8 +72,7 @@ def test_in_place_whatever_the_strides(view, dtype, device):
     assert torch.equal(y0, expected)
 
 
-@every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each(form=EVERY_ROUTER, dtype=named([torch.float32, torch.bfloat16, torch.float16]))
 def test_opcheck_in_the_dtypes_it_serves(dtype, form, device):
     y0, index, router, B, b = problem(device, dtype, (2, 2), form=form)
     y0 = torch.cat([y0, y0], -1)[..., :24]
@@ -100,8 +99,8 @@ def test_serves_the_families_and_adapt(device):
 
 
 @needs_module
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_form_is_served_without_falling_back(form, dtype, device):
     y0, index, router, B, b = problem(device, dtype, form=form)
     given = options(form, index)
@@ -182,6 +181,7 @@ print(native.reason)
 """
 
 
+@pytest.mark.subprocess
 def test_switched_off():
     done = python("-c", USE, IDLORA_NATIVE="0")
     assert (done.returncode, done.stdout) == (0, "switched off by IDLORA_NATIVE=0\n"), done.stderr
@@ -195,6 +195,7 @@ def package_without_module(tmp_path):
     return tmp_path
 
 
+@pytest.mark.subprocess
 def test_not_built(package_without_module):
     done = python("-c", USE, cwd=package_without_module, IDLORA_NATIVE=None)
     assert done.returncode == 0, done.stderr
@@ -202,6 +203,7 @@ def test_not_built(package_without_module):
     assert "idlora" not in done.stderr
 
 
+@pytest.mark.subprocess
 def test_a_module_that_does_not_load_is_one_warning(package_without_module):
     (package_without_module / "idlora_ext" / f"_C{SUFFIX}").write_bytes(b"of another machine")
     done = python("-c", USE, cwd=package_without_module, IDLORA_NATIVE=None)
@@ -227,6 +229,7 @@ def test_env(capsys):
     assert all(obstacle in text for obstacle in report["obstacles"].values() if obstacle)
 
 
+@pytest.mark.subprocess
 def test_env_without_the_module():
     done = python("-m", "idlora_ext", "env", IDLORA_NATIVE="0")
     assert done.returncode == 0, done.stderr
@@ -242,12 +245,14 @@ def setup(**variables):
     return python("setup.py", "--version", cwd=ROOT, **variables)
 
 
+@pytest.mark.subprocess
 def test_no_compiler_is_plain_python_with_one_warning():
     done = setup(CXX="no-such-compiler", IDLORA_CUDA=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("idlora_ext is installed without native kernels: there is no C++17 compiler") == 1
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("toolkit", ["/no/such/toolkit", None], ids=["CUDA_HOME", "PATH"])
 def test_no_nvcc(toolkit, tmp_path):
     without = {"CUDA_HOME": toolkit, "CUDA_PATH": None}
@@ -261,12 +266,14 @@ def test_no_nvcc(toolkit, tmp_path):
     assert "CUDA_HOME" in done.stderr
 
 
+@pytest.mark.subprocess
 def test_cuda_on_without_a_compiler_is_an_error():
     done = setup(CXX="no-such-compiler", IDLORA_CUDA="ON", CUDA_HOME="/no/such/toolkit", CUDA_PATH=None)
     assert done.returncode == 1
     assert "IDLORA_CUDA=ON, but" in done.stderr
 
 
+@pytest.mark.subprocess
 def test_cuda_switch_is_checked():
     done = setup(IDLORA_CUDA="maybe")
     assert done.returncode == 1

@@ -11,22 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idlora_ext import ops, reference
 from tests.helpers.problems import (
     BIASES,
+    FORMS,
     adapter_tensors,
+    each,
     every_form,
+    every_pair,
+    every_router,
     fused_and_composed,
+    named,
     options,
     problem,
 )
 
 # d, k, r, s; odd ones too: nothing here is a multiple of a tile
 SHAPES = [(24, 3, 4, 2), (7, 1, 7, 1), (30, 5, 6, 3), (64, 4, 16, 4), (1032, 4, 24, 2), (11, 11, 1, 1)]
+LOW_PRECISION_SHAPES = [(64, 4, 16, 2), (1032, 4, 24, 2), (512, 4, 128, 2)]
+LOW_PRECISION = [torch.bfloat16, torch.float16, torch.float32]
 LEADING = {"N=0": (0,), "N=1": (1,), "N=5": (5,), "2x3": (2, 3), "none": ()}
 
 
-@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_form
-@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_pair(shape=named(SHAPES), leading=LEADING, form=FORMS, bias=BIASES)
 def test_adapt_is_the_papers_equation(shape, leading, form, bias, device):
     args = problem(shape, leading, form, bias, device=device)
     rest = {"scaling": 0.7, "bias_in_y0": bool(bias)} | options(form, args[1])
@@ -51,15 +55,14 @@ def test_adapted_linear_layer_is_the_papers_layer():
     torch.testing.assert_close(y, reference.linear(h, W, b, index, router, B, 0.7), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_form
+@each(form=FORMS, bias=BIASES)
 def test_gradcheck(form, bias, device):
     y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias, device=device)
     for function in fused_and_composed(index, bias, form):
         assert torch.autograd.gradcheck(function, (y0, router, B, b))
 
 
-@every_form
+@every_router
 def test_opcheck(form, device):
     y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias=True, device=device)
     x = y0.detach()[..., index.long()].requires_grad_()
@@ -134,11 +137,13 @@ def test_in_place_is_for_inference(form, device):
     assert torch.equal(y0, expected)
 
 
-@pytest.mark.parametrize("parameters", ["same", "float32"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(64, 4, 16, 2), (1032, 4, 24, 2), (512, 4, 128, 2)], ids=str)
-@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@every_form
+@every_pair(
+    form=FORMS,
+    shape=named(LOW_PRECISION_SHAPES),
+    bias=BIASES,
+    dtype=named(LOW_PRECISION),
+    parameters=named(["same", "float32"]),
+)
 def test_low_precision_error(shape, form, bias, dtype, parameters, device):
     """Error against float64 at most 2x (gradients 3x) that of the same maths in the same dtype in plain PyTorch."""
     _, index, router, B, b = problem(shape, (37,), form, bias=bias, device=device, requires_grad=False)
@@ -238,7 +243,7 @@ def test_autocast_does_not_reach_into_the_kernels(device):
     assert torch.equal(inside, plain)
 
 
-@every_form
+@every_router
 def test_compiles_without_graph_breaks(form, device):
     torch.compiler.reset()
     y0, index, router, B, _ = problem((24, 3, 4, 2), form=form, device=device)
@@ -256,8 +261,7 @@ def test_compiles_without_graph_breaks(form, device):
             torch.testing.assert_close(ours, theirs)
 
 
-@every_form
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@each(form=FORMS, dtype=named([torch.float64, torch.float32, torch.float16]))
 def test_the_output_may_be_changed_in_place(form, dtype, device):
     """As models do (DeBERTa): a view that a custom function returned would refuse it."""
     y0, index, router, B, b = problem((64, 4, 16, 2), form=form, dtype=dtype, bias=False, device=device)

@@ -9,21 +9,28 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops, reference
-from tests.helpers.problems import BIASES, adapter_tensors, every_form, fused_and_composed, options, problem
+from tests.helpers.problems import (
+    BIASES,
+    FORMS,
+    adapter_tensors,
+    each,
+    every_form,
+    fused_and_composed,
+    options,
+    problem,
+)
 
-every_bias = pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+every_form_and_bias = each(form=FORMS, bias=BIASES)
 
 
-@every_bias
-@every_form
+@every_form_and_bias
 def test_second_derivatives(form, bias, device):
     y0, index, *rest = problem((12, 2, 3, 1), (2,), form, bias, device=device)
     for function in fused_and_composed(index, bias, form):
         assert torch.autograd.gradgradcheck(function, (y0, *rest))
 
 
-@every_bias
-@every_form
+@every_form_and_bias
 def test_forward_mode(form, bias, device):
     y0, index, *rest = problem((12, 2, 4, 2), (2,), form, bias, device=device)
     for function in fused_and_composed(index, bias, form):

@@ -13,7 +13,18 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import idlora_ext
-from tests.helpers.models import MODELS, adapted, add, layers_of, logits, modules_of, randomize_adapter, state_of
+from tests.helpers.models import (
+    MODELS,
+    OF_PEFT,
+    adapted,
+    add,
+    layers_of,
+    logits,
+    modules_of,
+    randomize_adapter,
+    state_of,
+)
+from tests.helpers.problems import each, named
 
 # Names nobody has: what PEFT raises for its LoRA.
 
@@ -28,8 +39,8 @@ WITH_UNKNOWN_NAMES = {
 }
 
 
-@pytest.mark.parametrize("operation", WITH_UNKNOWN_NAMES)
-def test_unknown_names_raise_what_peft_raises(row, operation, tmp_path):
+@each(operation=named(WITH_UNKNOWN_NAMES), row={name: MODELS[name] for name in OF_PEFT})
+def test_unknown_names_raise_what_peft_raises(operation, row, tmp_path):
     def outcome(model: PeftModel) -> tuple[Any, str]:
         try:
             WITH_UNKNOWN_NAMES[operation](model, tmp_path)

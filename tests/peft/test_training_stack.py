@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 import idlora_ext
 from idlora_ext import IdLoraConfig
 from tests.helpers.models import FIELDS, MODELS, layers_of, logits, randomize_adapter, tiny_llama
+from tests.helpers.problems import every_pair, named
 
 KINDS = ("llama", "gpt2", "qwen2")
 DOORS = {
@@ -43,9 +44,7 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair(kind=named(KINDS), door=named(DOORS), use_reentrant=named([True, False]))
 def test_gradient_checkpointing_changes_no_bit(kind, door, use_reentrant):
     model = randomize_adapter(DOORS[door](MODELS[kind].make())).train()
     for module in model.modules():  # GPT-2 has dropout
