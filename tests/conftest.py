@@ -28,14 +28,9 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 # Seconds of work: these start first, so that all processes end together.
 LONGEST = (
-    "test_kernels",
-    "test_examples",
-    "test_distributed",
-    "test_compare",
-    "test_cpu_kernels",
-    "test_cli",
-    "test_ops",
-)
+    "test_kernels", "test_examples", "test_distributed", "test_training_stack", "test_compare", "test_cpu_kernels",
+    "test_ops", "test_tuner", "test_cli", "test_centering", "test_variants", "test_quantised", "test_behaviours",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
