@@ -214,7 +214,7 @@ def _forms(cases: list[Case]) -> Iterator[Case]:
 
 def _thinned(cases: list[Case]) -> Iterator[Case]:
     """The cases in which, for a variant of an op, two properties meet for the first time. Sizes have to meet the dtype and
-    the kind of router alone: the rest is for all sizes the same code."""
+    the kind of router alone: the rest is for all sizes the same code. And every kernel that is compiled has a case."""
     met = set()
     for case in cases:
         properties = {name: value for name, value in vars(case).items() if name not in ("op", "variant")}
@@ -224,7 +224,9 @@ def _thinned(cases: list[Case]) -> Iterator[Case]:
             for a, b in pairs
             if {a[0], b[0]} & {"shape", "N"} and not {a[0], b[0]} & {"dtype", "static", "bounded"}
         }
-        new = {(case.op, case.variant, *pair) for pair in pairs} - met
+        _, _, r, s = case.shape
+        compiled = case.dtype, case.parameters, r // s > 64  # what a kernel is compiled for
+        new = {(case.op, case.variant, *pair) for pair in (*pairs, compiled)} - met
         met |= new
         if new:
             yield case
