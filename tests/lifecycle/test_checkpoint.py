@@ -346,7 +346,9 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):
     before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
     randomize_adapter(model, seed=3)
 
-    def full_disk(*args, **kwargs):
+    def full_disk(tensors, file, **kwargs):
+        with open(file, "wb") as half:
+            half.write(b"half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr(idlora_ext.checkpoint, "save_file", full_disk)
