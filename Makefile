@@ -1,4 +1,5 @@
-# make demo: fine-tune a real language model and see the difference.  make test: lint, types, tests.
+# make demo: fine-tune a real language model and see the difference.  make test: lint, types, all tests (9 minutes on 2 cores).
+# make check: lint, types, and the tests that need no real model, no other process and no simulator (3 minutes): while working.
 # Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
 # environment variables choose what is built; after changing one, make clean).
 # make test-versions: what touches PEFT, under the oldest versions of PEFT and transformers that are supported.
@@ -12,13 +13,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-VERSIONS_TESTS := tests/test_versions.py tests/test_tuner.py tests/test_checkpoint.py tests/test_failures.py tests/test_trainer.py tests/test_mixed_batches.py \
-	$(wildcard tests/test_peft_*.py)
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+QUICK := not real_model and not subprocess and not simulator
+VERSIONS_TESTS := tests/tuner/test_tuner.py tests/tuner/test_failures.py tests/tuner/test_mixed_batches.py tests/lifecycle/test_checkpoint.py \
+	$(addprefix tests/peft/test_,versions.py trainer.py behaviours.py configuration.py refusals.py)
 
-.PHONY: demo test test-versions test-peft test-fallback lint types unit bench clean
+.PHONY: demo check test test-versions test-peft test-fallback lint types unit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+check: lint types
+	$(BIN)/python $(PYTEST) -m "$(QUICK)" $(PYTEST_ARGS)
 
 test: lint types unit
 
@@ -30,7 +36,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # A throw-away environment that holds the two packages, and takes all others from $(VENV).
 test-versions: $(INSTALLED)
@@ -40,16 +46,16 @@ test-versions: $(INSTALLED)
 		> $$(build/oldest/bin/python -c "import site; print(site.getsitepackages()[0])")/others.pth
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		$$($(BIN)/python -c "from idlora_ext.tested_versions import oldest; print(*oldest())")
-	build/oldest/bin/python -m pytest $(VERSIONS_TESTS)
+	build/oldest/bin/python $(PYTEST) $(VERSIONS_TESTS)
 
 test-peft: $(INSTALLED)
-	$(BIN)/python tests/peft_own/run.py $(PYTEST_ARGS)
+	$(BIN)/python tests/peft/own/run.py $(PYTEST_ARGS)
 
 test-fallback: $(INSTALLED)
-	IDLORA_NATIVE=0 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	IDLORA_NATIVE=0 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 	rm -rf build/without-cuda
 	IDLORA_CUDA=OFF $(PIP) --no-build-isolation --no-deps --target build/without-cuda .
-	PYTHONPATH=$(CURDIR)/build/without-cuda $(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/build/without-cuda $(BIN)/python -P $(PYTEST) -o "pythonpath=build/without-cuda . benchmarks examples" $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

