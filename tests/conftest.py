@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from idlora_ext import profiling
 from idlora_ext.cli import main
+from idlora_ext.ops.nvtx import DOMAIN
 from tests.helpers.commands import ADAPTER, environment
 from tests.helpers.models import MODELS, OF_PEFT, Model, tiny_llama
 from tests.helpers.text import byte_tokenizer, write_jsonl
@@ -102,7 +102,7 @@ def record(tmp_path_factory):
             if domain == "scenario":
                 scenario = message[0] if message else ""
                 names.setdefault(scenario, [])
-            elif domain == profiling.DOMAIN:
+            elif domain == DOMAIN:
                 depth[thread] += 1 if kind == "push" else -1
                 assert depth[thread] in (0, 1), f"{scenario}: ranges are nested, or popped twice: {line}"
                 names[scenario] += message

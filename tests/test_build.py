@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.subprocess
+
 ROOT = Path(__file__).parent.parent
 NOT_BUILT = "idlora_ext/not_built.txt"
 IMPORT = """

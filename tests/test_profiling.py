@@ -15,6 +15,7 @@ from profile_nsight import distinct
 
 import idlora_ext
 from idlora_ext import profiling
+from idlora_ext.ops import nvtx
 from tests.helpers.models import FIELDS, inputs, tiny_llama
 
 # ---- ranges ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.experts import ExpertLinear, UnfusedExperts
+from idlora_ext.base.experts import ExpertLinear, UnfusedExperts
 from tests.helpers.models import FIELDS, inputs, layers_of, logits, randomize_adapter, state_of
 
 SIZES = {

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, base_weight, reference
-from idlora_ext.clustering import select_rows
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext import IdLoraConfig, reference
+from idlora_ext.base import weight
+from idlora_ext.layer.layer import IdLoraLayer
+from idlora_ext.rows.selection import select_rows
 from tests.helpers.models import layers_of, logits, modules_of, randomize_adapter, tiny_llama
 
 SIZES = {"r": 8, "num_clusters": 4}

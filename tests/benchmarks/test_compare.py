@@ -17,6 +17,7 @@ from compare import __main__ as cli
 from compare import budget, cost, methods, objectives, report, roofline, run, studies, tasks
 from compare.experiment import Experiment, adapter_behaviour, model_digest, write_json
 from compare.hydralora import HydraLinear, apply_hydralora
+from harness import limits, traffic
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -6,10 +6,10 @@ import re
 import sys
 from collections import Counter
 
-import limits
 import profile_nsight
 import pytest
 import torch
+from harness import limits
 from profile_nsight import Shape, read_ncu, table
 
 from idlora_ext import ops

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from idlora_ext import IdLoraConfig
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
 
 # ---- what they are made of -------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def randomize_adapter(model: nn.Module, adapter_name: str = "default", std: floa
     """Give B values, as training would: with B = 0 an adapter does nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_B.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.B"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
@@ -203,7 +203,7 @@ def randomize_static(model: nn.Module, adapter_name: str = "default", seed: int 
     randomize_adapter(model, adapter_name, std=0.2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(f"idlora_router.{adapter_name}"):
+        if name.endswith(f"idlora_adapter.{adapter_name}.router"):
             parameter.data.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 

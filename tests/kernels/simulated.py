@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import kernel_library
 import numpy as np
 import torch
+from harness import kernel_library
 from torch import Tensor
 
 from tests.kernels import cases

@@ -6,9 +6,9 @@ import math
 import subprocess
 from typing import Any
 
-import kernel_library
 import pytest
 import torch
+from harness import kernel_library
 from torch import Tensor
 
 from idlora_ext import reference

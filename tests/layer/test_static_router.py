@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from bench_saved_activations import saved_activations
+from harness.saved_activations import saved_activations
 from peft import PeftModel, get_peft_model
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.inspection import alpha_statistics
+from idlora_ext.tools.inspection import alpha_statistics
 from tests.helpers.models import (
     FIELDS,
     MODELS,
@@ -38,7 +38,7 @@ def test_layers_follow_the_equation(kind, shared):
         assert torch.equal(router, torch.ones(1 if shared else 2))
         assert router.requires_grad
     for name, layer in layers_of(randomize_static(model)).items():
-        index, router, B = layer._tensors("default", torch.float64)
+        index, router, B = layer.idlora_adapter["default"].tensors(torch.float64)
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)
         expected = reference.linear(h, layer.get_base_weight(), layer.base_layer.bias, index, router, B)
         torch.testing.assert_close(layer(h), expected, rtol=1e-10, atol=1e-10, msg=name)

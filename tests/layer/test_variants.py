@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, reference
-from idlora_ext.row_scale import row_scale
+from idlora_ext.layer.adapter import Adapter
+from idlora_ext.rows.row_scale import row_scale
 from tests.helpers.models import (
     FIELDS,
     MODELS,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import idlora_ext
 from idlora_ext import IdLoraConfig
-from idlora_ext.fingerprint import difference, fingerprint
+from idlora_ext.rows.fingerprint import difference, fingerprint
 from tests.helpers.models import (
     FIELDS,
     MODELS,
@@ -71,7 +71,7 @@ def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch)
     )
     tensors = load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.") for key in tensors)
-    monkeypatch.setattr(idlora_ext.layer, "select_rows", None)  # loading never clusters
+    monkeypatch.setattr(idlora_ext.layer.adapter, "select_rows", None)  # loading never clusters
     loaded = LOADERS[loader](MODELS[kind].make(), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if "idlora" in n)

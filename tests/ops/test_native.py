@@ -14,8 +14,10 @@ import torch
 import idlora_ext
 from idlora_ext import native, ops, reference
 from idlora_ext.cli import main
-from idlora_ext.default_kernels import SCHEMAS, default_kernels
-from tests.helpers.commands import ROOT, python
+from idlora_ext.ops.default_kernels import default_kernels
+from idlora_ext.ops.library import SCHEMAS
+from idlora_ext.tools import environment
+from tests.helpers.commands import python
 from tests.helpers.problems import EVERY_ROUTER, FORMS, each, every_form, named, options, tensors_of
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -238,45 +240,3 @@ def test_env_without_the_module():
     assert "native module: none" in done.stdout
     assert "CPU: the native module is switched off by IDLORA_NATIVE=0" in done.stdout
     assert not any(line.split()[1:2] == ["native"] for line in done.stdout.splitlines() if line.startswith("  "))
-
-
-# ---- setup.py: what it builds, or why not ----------------------------------------------------------------------------
-
-
-def setup(**variables):
-    return python("setup.py", "--version", cwd=ROOT, **variables)
-
-
-@pytest.mark.subprocess
-def test_no_compiler_is_plain_python_with_one_warning():
-    done = setup(CXX="no-such-compiler", IDLORA_CUDA=None)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("idlora_ext is installed without native kernels: there is no C++17 compiler") == 1
-
-
-@pytest.mark.subprocess
-@pytest.mark.parametrize("toolkit", ["/no/such/toolkit", None], ids=["CUDA_HOME", "PATH"])
-def test_no_nvcc(toolkit, tmp_path):
-    without = {"CUDA_HOME": toolkit, "CUDA_PATH": None}
-    if toolkit is None:
-        if Path("/usr/local/cuda/bin/nvcc").exists():
-            pytest.skip("this machine has /usr/local/cuda")
-        without["PATH"] = str(tmp_path)
-    done = setup(IDLORA_CUDA="ON", **without)
-    assert done.returncode == 1
-    assert "IDLORA_CUDA=ON, but there is no nvcc" in done.stderr
-    assert "CUDA_HOME" in done.stderr
-
-
-@pytest.mark.subprocess
-def test_cuda_on_without_a_compiler_is_an_error():
-    done = setup(CXX="no-such-compiler", IDLORA_CUDA="ON", CUDA_HOME="/no/such/toolkit", CUDA_PATH=None)
-    assert done.returncode == 1
-    assert "IDLORA_CUDA=ON, but" in done.stderr
-
-
-@pytest.mark.subprocess
-def test_cuda_switch_is_checked():
-    done = setup(IDLORA_CUDA="maybe")
-    assert done.returncode == 1
-    assert "IDLORA_CUDA must be AUTO, ON or OFF, got MAYBE" in done.stderr

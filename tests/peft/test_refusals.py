@@ -115,7 +115,7 @@ def test_lora_can_come_on_top(row, tmp_path):
     torch.testing.assert_close(lora(h), ours + update)
     idlora_ext.save(model, tmp_path)  # under the layers' own names: it fits the base model
     assert torch.equal(logits(idlora_ext.load(row.make(), tmp_path)), before)
-    B = layers_of(model)[row.layer + ".base_layer"].idlora_B["default"]
+    B = layers_of(model)[row.layer + ".base_layer"].idlora_adapter["default"].B
     stored = B.detach().clone()
     B.data.zero_()
     idlora_ext.load(model, tmp_path)  # and in place

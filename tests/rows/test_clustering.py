@@ -11,7 +11,9 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from idlora_ext.clustering import SELECTIONS, assign, constrained_kmeans, select_rows
+from idlora_ext.rows.assignment import assign
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.selection import SELECTIONS, select_rows
 from tests.helpers.problems import DEGENERATE, MATRICES, matrix
 
 

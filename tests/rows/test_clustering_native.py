@@ -15,7 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from idlora_ext import native
-from idlora_ext.clustering import assign, constrained_kmeans, select_rows
+from idlora_ext.rows.assignment import assign
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.selection import select_rows
 from tests.helpers.problems import DEGENERATE, MATRICES, each, matrix, named
 
 if native.module is None:

@@ -10,9 +10,11 @@ import scipy.linalg
 import torch
 
 import idlora_ext
-from idlora_ext import pivoting, reference
-from idlora_ext.clustering import constrained_kmeans, select_rows
-from idlora_ext.pivoting import pivoted_rows
+from idlora_ext import reference
+from idlora_ext.rows import pivoting
+from idlora_ext.rows.kmeans import constrained_kmeans
+from idlora_ext.rows.pivoting import pivoted_rows
+from idlora_ext.rows.selection import select_rows
 from tests.helpers.models import FIELDS, layers_of, tiny_llama
 
 

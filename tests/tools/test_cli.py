@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import idlora_ext
 from idlora_ext.cli import ADAPTER_OPTIONS, build_parser, main
-from idlora_ext.finetune import Settings
-from idlora_ext.inspection import compare
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext.layer.layer import IdLoraLayer
+from idlora_ext.tools.finetune import Settings
+from idlora_ext.tools.generation import compare
 from tests.helpers.commands import ADAPTER, PNG, error_of
 from tests.helpers.models import tiny_llama
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from idlora_ext.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
+from idlora_ext.tools.data import IGNORED, Corpus, Example, Rows, encode, encode_prompt, read_examples, split
 from tests.helpers.text import byte_tokenizer, write_jsonl
 
 

@@ -20,8 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, layer
-from idlora_ext.layer import IdLoraLayer
+from idlora_ext import IdLoraConfig
+from idlora_ext.layer import adapter as adapter_module
+from idlora_ext.layer.layer import IdLoraLayer
 from tests.helpers.models import FIELDS, logits, randomize_adapter, state_of, tiny_llama
 from tests.tuner.distributed_steps import SIZE, adapted, adapter_of, batch, rank_and_world, train
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import idlora_ext
-from idlora_ext import distributed
+from idlora_ext.base import sharding
 from tests.helpers.commands import environment
 from tests.helpers.models import FIELDS, logits, state_of, tiny_llama
 from tests.tuner import distributed_worker
@@ -32,7 +32,7 @@ def records(tmp_path_factory):
 
 
 def run(world, directory, *names, **variables):
-    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    launcher = [] if world == 1 else ["-m", "torch.sharding.run", "--standalone", "--nproc-per-node", str(world)]
     command = [sys.executable, *launcher, distributed_worker.__file__, str(directory), *names]
     given = environment(OMP_NUM_THREADS="1", **variables)
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=400)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops
-from idlora_ext.mixed_batches import Groups
+from idlora_ext.layer.mixed_rows import Groups
 from tests.helpers.models import FIELDS, MODELS, PLAIN, Invariant, layers_of, randomize_adapter, tiny_bert, tiny_llama
 from tests.helpers.problems import every_pair, named
 

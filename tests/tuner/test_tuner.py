@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import idlora_ext
 from idlora_ext import IdLoraConfig, ops, reference
-from idlora_ext.config import fit_rank
+from idlora_ext.layer.config import fit_rank
 from tests.helpers.models import (
     FIELDS,
     MODELS,
