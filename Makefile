@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 QUICK := not real_model and not subprocess and not simulator
-VERSIONS_TESTS := tests/tuner/test_tuner.py tests/tuner/test_failures.py tests/tuner/test_mixed_batches.py tests/lifecycle/test_checkpoint.py \
+VERSIONS_TESTS := tests/tuner/test_tuner.py tests/tuner/test_failures.py tests/tuner/test_mixed_batches.py tests/lifecycle/test_checkpoint.py tests/tools/test_cli.py tests/tools/test_finetune.py \
 	$(addprefix tests/peft/test_,versions.py trainer.py behaviours.py configuration.py refusals.py)
 
 .PHONY: demo check test test-versions test-peft test-fallback lint types unit bench clean

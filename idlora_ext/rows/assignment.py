@@ -1,6 +1,6 @@
 """The assignment step of k-means under a minimum cluster size: an exact minimum-cost flow on ``k`` nodes.
 
-In C++ where there is a native module (``csrc/cpu/assignment.cpp``), else in Python, with the same labels: costs are
+In C++ where there is a native module (``csrc/rows/assignment.cpp``), else in Python, with the same labels: costs are
 integers, and ties go to the lower cluster, then to the lower row.
 """
 

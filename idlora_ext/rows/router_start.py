@@ -14,7 +14,7 @@ def start_router(router: Tensor, weight: Tensor, index: Tensor, seed: int, scale
 
     For an input of unit variance ``x_ij`` has the size ``w_j``, so all ``r`` terms of ``a_i`` have one size, ``a_i``
     starts at about ``1 / sqrt(k)``, and the first gradient of ``B`` is about that of a product with one ``A_i h``.
-    Other starts were tried on real activations, see docs/router_start.md.
+    Other starts were tried on real activations, see docs/design/router_start.md.
     """
     if weight.is_meta or router.is_meta:  # PEFT's low_cpu_mem_usage: only the router is to come from a file
         return

@@ -202,6 +202,9 @@ def _training_arguments(settings: Settings, dtype: torch.dtype, *, rows: int, fr
         raise ValueError("training in float16 needs a CUDA device: ask for dtype bfloat16 or float32")
     total = settings.steps or math.ceil(settings.epochs * rows / settings.batch / settings.gradient_accumulation)
     every = settings.every or math.ceil(total / 10)
+    # transformers before 5.23 has the old name alone, and later versions warn of it.
+    known = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if known else "gradient_checkpointing"
     return TrainingArguments(
         output_dir=settings.output,
         per_device_train_batch_size=settings.batch,
@@ -213,8 +216,10 @@ def _training_arguments(settings: Settings, dtype: torch.dtype, *, rows: int, fr
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,
         fp16=half,  # small gradients need the loss scaler; bfloat16 does not, nor the float32 adapter itself
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},  # frozen embeddings: no input requires a gradient
+        **{
+            checkpointing: settings.gradient_checkpointing,
+            f"{checkpointing}_kwargs": {"use_reentrant": False},  # frozen embeddings: no input requires a gradient
+        },
         eval_strategy="steps",
         eval_on_start=fresh,
         eval_steps=every,

@@ -40,5 +40,7 @@ def test_another_version_is_one_clear_warning(version, monkeypatch):
 
 def test_internals_of_peft_are_imported_in_one_file():
     private = re.compile(r"^\s*(?:from|import) (peft\.(?:tuners|mapping|mixed_model|utils\.\w+)\b.*)", re.MULTILINE)
-    found = {file.name: private.findall(file.read_text()) for file in (ROOT / "idlora_ext").glob("*.py")}
-    assert [name for name, imports in found.items() if imports] == ["integration.py"]
+    package = ROOT / "idlora_ext"
+    found = {file.relative_to(package).as_posix(): private.findall(file.read_text()) for file in package.rglob("*.py")}
+    assert {name for name, imports in found.items() if imports} == {"base/peft_internals.py", "patches.py"}
+    assert found["patches.py"] == ["peft.mixed_model", "peft.utils.hotswap"]  # which it changes

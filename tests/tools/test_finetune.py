@@ -198,9 +198,9 @@ def test_finetune_options_reach_the_run(model_path: str, text_path: str, tmp_pat
     argv = ["finetune", model_path, text_path, "--output", str(tmp_path / "run"), "--dtype", "bfloat16"]
     assert main([*argv, *options.split()[1:], *fields.split(), *ADAPTER]) == 0
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    assert {key.split(".")[-2] for key in tensors} == {"q_proj", "down_proj"}
+    assert {key.split(".")[-3] for key in tensors} == {"q_proj", "down_proj"}
     assert {tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith("router")} == {(2, 8)}
-    assert {tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith("_B")} == {(64, 8)}
+    assert {tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith(".B")} == {(64, 8)}
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert (config["scaling"], config["selection"], config["seed"]) == (0.5, "pivoted_qr", 3)
     assert (config["router"], config["row_scale"], config["shared_router"]) == ("linear", True, False)
