@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,13 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in f"{f}".lower()]  # finds the module of a checkout
 import idlora_ext.native
 print(idlora_ext.native.reason)
+"""
+EVERYTHING = """
+import importlib, pkgutil, idlora_ext
+found = list(pkgutil.walk_packages(idlora_ext.__path__, "idlora_ext."))
+for module in found:
+    importlib.import_module(module.name)
+print(idlora_ext.__file__, len(found))
 """
 HEADERS = Path.home() / ".cache/idlora_ext/torch-headers"
 
@@ -80,6 +88,27 @@ def test_a_later_build_takes_the_reason_away(checkout):
     done = setup(checkout, IDLORA_CUDA="OFF")
     assert done.returncode == 0, done.stderr
     assert not (checkout / NOT_BUILT).exists()
+
+
+def test_a_wheel_has_every_folder(checkout, tmp_path_factory):
+    """Installed where nothing else of ours is; what it depends on comes from this environment."""
+    folder = tmp_path_factory.mktemp("empty")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    done = run([*command, folder, checkout], folder, CXX="no-such-compiler", IDLORA_CUDA="OFF")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=False)
+    site = next((folder / "venv/lib").glob("python*")) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(others))  # their .pth files, editable installs too, are not read
+    done = run([folder / "venv/bin/python", "-c", EVERYTHING], folder, IDLORA_NATIVE="0", PYTHONPATH=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(site / "idlora_ext/__init__.py"),
+        str(len(list((ROOT / "idlora_ext").rglob("*.py"))) - 1),
+    ]
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------

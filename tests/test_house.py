@@ -55,3 +55,21 @@ def test_imports_run_down():
 
     for place in graph:
         visit(place)
+
+
+def test_only_a_model_is_walked_above_the_layer():
+    for folder in ("base", "ops", "rows", "layer"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert "named_modules(" not in path.read_text(), (
+                f"{path}: a layer knows itself; models are walked in tuner/"
+            )
+
+
+def test_every_folder_opens_with_its_sentence():
+    for folder in (path.parent for path in PACKAGE.rglob("__init__.py")):
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder}: what is it for?"
+
+
+def test_files_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, f"{path}: one reason to exist, in about 400 lines"

@@ -207,11 +207,16 @@ def edit_config(**values):
     return apply_to
 
 
+BASE_WEIGHT = "base_model.model.model.layers.0.mlp.up_proj.weight"
 DEFECTS = {
     "missing B": (edit(lambda t: t.pop(LAYER + "idlora_adapter.B")), r"lacks 1 tensors.*q_proj.idlora_adapter.B"),
     "missing index": (edit(lambda t: t.pop(LAYER + "idlora_adapter.index")), r"lacks 1 tensors.*q_proj.idlora_adapter.index"),
     "missing fingerprint": (edit(lambda t: t.pop(LAYER + "idlora_adapter.fingerprint")), r"lacks 1 tensors"),
     "extra": (edit(rename), r"1 tensors that the model has no place for.*x_proj.idlora_adapter.B"),
+    "a weight of the base model": (edit(lambda t: t.update({BASE_WEIGHT: torch.zeros(128, 64)})), r"no place for: .*mlp.up_proj.weight"),
+    "the weight under an adapter": (edit(lambda t: t.update({LAYER + "base_layer.weight": torch.zeros(64, 64)})), r"no place for: .*q_proj.base_layer.weight"),
+    "an index by its full name": (edit(lambda t: t.update({LAYER + "idlora_adapter.default.index": torch.zeros(2, 8, dtype=torch.int32)})), r"no place for: .*adapter.default.index"),
+    "a newer format": (edit_config(format_version=2), r"saved by a newer idlora_ext, in format 2; this one reads formats up to 1"),
     "foreign": (edit(lambda t: t.update(foo=torch.zeros(2))), r"no place for: foo"),
     "wrong shape": (edit(shorten), r"q_proj.idlora_adapter.B: the file has shape \[31, 4\], the model \[32, 4\]"),
     "out of range": (set_index([64]), r"q_proj.idlora_adapter.index: entries must lie in \[0, 64\), got 0 to 64|entries must lie in \[0, 64\)"),
