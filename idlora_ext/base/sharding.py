@@ -1,7 +1,7 @@
-"""Several processes: whole weights from sharded ones, rows chosen once and shared, column-parallel layers.
+"""Several processes: whole tensors from sharded ones, and what ranks tell one another.
 
-Rows are chosen by one rank a layer and exchanged, so all ranks end with the same tensors. Whoever adds an adapter while
-``torch.distributed`` is initialised does so on every rank, as with any collective operation.
+Whoever adds an adapter while ``torch.distributed`` is initialised does so on every rank, as with any collective
+operation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_sharded(weight: Tensor) -> bool:
     return isinstance(weight, DTensor) or hasattr(weight, "ds_shape")
 
 
-def whole(parameter: Tensor, read: Callable[[], Tensor]) -> Tensor:
+def read_whole(parameter: Tensor, read: Callable[[], Tensor]) -> Tensor:
     """What ``read`` returns of ``parameter``, gathered: every rank must call this if ``parameter`` is sharded."""
     if hasattr(parameter, "ds_shape"):  # DeepSpeed ZeRO-3: shape [0] outside of this context
         import deepspeed
@@ -39,7 +39,7 @@ def whole(parameter: Tensor, read: Callable[[], Tensor]) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of a state dictionary, gathered: every rank must call this if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

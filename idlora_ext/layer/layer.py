@@ -54,7 +54,7 @@ class IdLoraLayer(BaseTunerLayer):
         base = self.get_base_layer()
         if self.unmerged_weight is not None:
             return self.unmerged_weight.to(stored(base).device)
-        weight = sharding.whole(stored(base), lambda: base_weight(base, self.quantization_backend))
+        weight = sharding.read_whole(stored(base), lambda: base_weight(base, self.quantization_backend))
         expected = (self.out_features, self.in_features)
         if weight.shape != expected:
             raise ValueError(f"its weight must have shape {list(expected)} to be read, got {list(weight.shape)}")

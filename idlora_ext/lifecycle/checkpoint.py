@@ -53,7 +53,7 @@ def adapter_state(model: nn.Module, adapter_name: str) -> tuple[IdLoraConfig, di
 
 
 def _for_file(tensor: Tensor) -> Tensor:
-    return sharding.full(tensor.detach()).cpu().contiguous()
+    return sharding.full_tensor(tensor.detach()).cpu().contiguous()
 
 
 def load(

@@ -1,4 +1,4 @@
-"""ops/column_parallel."""
+"""The operators where a rank has some columns of ``y0``: what they ask of other ranks, and what each returns."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a build of torch without it: then nothing is ever sharded
-    DTensor = type("DTensor", (), {})  # type: ignore[assignment, misc]
 from .functional import shared_gemm
 
 

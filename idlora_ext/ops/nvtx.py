@@ -1,4 +1,4 @@
-"""NVTX ranges for Nsight Systems and Nsight Compute, and the shapes a model really runs. Off by default.
+"""NVTX ranges for Nsight Systems and Nsight Compute: layer | phase | op. Off by default.
 
 A range is called ``layer | phase | op``, for instance
 ``model.layers.3.self_attn.q_proj | backward | idlora::adapt_backward``, lies in the domain ``idlora`` and encloses just
@@ -52,7 +52,7 @@ def nvtx_ranges() -> Iterator[None]:
         _domain = before
 
 
-def off() -> bool:
+def no_ranges() -> bool:
     """Whether nothing that is called now has a range."""
     # First what torch.compile knows for certain: so it never looks at the switch, and does not depend on it.
     return torch.compiler.is_compiling() or _domain is None
@@ -65,7 +65,7 @@ def eager_without_ranges() -> bool:
 
 def layer(name: str) -> AbstractContextManager[None]:
     """Ops called inside belong to the layer ``name``. Adapted layers do this themselves; an op outside has no range."""
-    return _NOTHING if off() else _named(name)
+    return _NOTHING if no_ranges() else _named(name)
 
 
 def current_layer() -> str | None:
@@ -75,7 +75,7 @@ def current_layer() -> str | None:
 
 def op_range(phase: str, op: str, layer: str | None = None) -> AbstractContextManager[None]:
     """The range of one call of ``op`` in ``layer``, by default the current one."""
-    if off():
+    if no_ranges():
         return _NOTHING
     layer = layer or _layer.get()
     return _NOTHING if layer is None else _range(_domain, layer, phase, op)

@@ -1,8 +1,7 @@
-"""Rows of a frozen weight as points: k-means with a minimum cluster size, and the choice of ``index``.
+"""Rows of a frozen weight as points: k-means with a minimum cluster size.
 
-* :func:`assign` - the assignment step under the constraint: an exact minimum-cost flow on ``k`` nodes;
-* :func:`constrained_kmeans` - the descent around it;
-* :func:`select_rows` - ``index [k, r]``, the rows that become ``A_i = W[index_i, :]``.
+:func:`constrained_kmeans` is the descent. ``assignment.py`` has its assignment step, ``passes.py`` what it reads of
+``W``, ``selection.py`` which rows are then chosen.
 
 On the CPU the native module, where there is one, makes the passes over ``W`` and the assignments; Python does the same
 everywhere else. All that is small is on the host, in numpy: threads would cost more than they do.
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .assignment import assign_numpy, check_int, check_matrix, check_sizes
-from .passes import _Partition, _Rows, _rows
+from .passes import Partition, Rows, rows_of
 
 # Centroid sums follow the rows that move; every so many iterations they start afresh, so that rounding cannot build up.
 _RESUM_EVERY = 50
@@ -55,7 +54,7 @@ def constrained_kmeans(
 ) -> KMeansResult:
     """``min_{labels, centroids} sum_i |W_i - centroids_{labels_i}|^2`` subject to ``|{i: labels_i = c}| >= min_size``.
 
-    A local minimum. Every iteration is an :func:`assign`, after which each centroid is the mean of its rows, and lowers
+    A local minimum. Every iteration is an :func:`~idlora_ext.rows.assignment.assign`, after which each centroid is the mean of its rows, and lowers
     the inertia. What is assigned by goes from coarse to fine, each for as long as that gains enough:
 
     1. the distance, not squared: a few outlier rows should not decide where the first centroids go;
@@ -103,7 +102,7 @@ def constrained_kmeans(
             raise ValueError(f"{op}: init must be finite and {expected}, got NaN, inf or {list(init.shape)}")
         if n_init != 1:
             raise ValueError(f"{op}: n_init must be 1 when init is given, got {n_init}")
-    rows = _rows(W)
+    rows = rows_of(W)
     if not math.isfinite(rows.total):
         raise ValueError(f"{op}: W must be finite, got NaN, inf or values whose squares overflow float64")
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -114,7 +113,7 @@ def constrained_kmeans(
     return min(results, key=lambda result: result.inertia)
 
 
-def _kmeans_plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> np.ndarray:
+def _kmeans_plus_plus(rows: Rows, k: int, generator: torch.Generator) -> np.ndarray:
     """Arthur & Vassilvitskii 2007: the next centroid is a row drawn by its squared distance from the nearest so far."""
     chosen = [int(torch.randint(rows.d, (), generator=generator, device="cpu"))]
     nearest = np.full(rows.d, math.inf)
@@ -130,7 +129,7 @@ def _kmeans_plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> np.nda
     return np.stack([rows.point(row) for row in chosen])
 
 
-def _cost(stage: int, D: np.ndarray, now: _Partition) -> np.ndarray:
+def _cost(stage: int, D: np.ndarray, now: Partition) -> np.ndarray:
     """What a stage assigns by."""
     if stage == 0:
         return np.sqrt(D)
@@ -142,7 +141,7 @@ def _cost(stage: int, D: np.ndarray, now: _Partition) -> np.ndarray:
     return D + 0.75 * (change - D)  # not all of the change: rows that move together would overshoot
 
 
-def _descend(rows: _Rows, e: np.ndarray, min_size: int, max_iter: int, tol: float) -> KMeansResult:
+def _descend(rows: Rows, e: np.ndarray, min_size: int, max_iter: int, tol: float) -> KMeansResult:
     """From the centroids ``origin + e``. An iteration costs one pass over W and one over the rows that moved."""
     k = len(e)
     now = rows.partition(assign_numpy(np.sqrt(rows.distances(e)), min_size), k, None)

@@ -22,7 +22,7 @@ _ORIGIN_ROWS = 64
 _DISTANCE_BITS = 36
 
 
-class _Partition(NamedTuple):
+class Partition(NamedTuple):
     labels: np.ndarray  # [d]
     size: np.ndarray  # [k]
     sums: np.ndarray  # [k, d_in], of the rows
@@ -30,7 +30,7 @@ class _Partition(NamedTuple):
     inertia: float
 
 
-class _Rows:
+class Rows:
     """The rows x of W as points relative to an origin o near their mean, read by three kinds of passes.
 
     |x - c|^2 = |x - o|^2 - 2 <x, e> + 2 <o, e> + |e|^2 with e = c - o: one product a pass serves all centroids, W is
@@ -93,17 +93,17 @@ class _Rows:
             change.addmm_(sign[:, here], x)
         sums += change.cpu().numpy()
 
-    def partition(self, labels: np.ndarray, k: int, last: _Partition | None) -> _Partition:
+    def partition(self, labels: np.ndarray, k: int, last: Partition | None) -> Partition:
         """The clusters of ``labels``, none of them empty."""
         sums = np.zeros((k, self.d_in)) if last is None else last.sums.copy()
         self.move(np.full(self.d, -1) if last is None else last.labels, labels, sums)
         size = np.bincount(labels, minlength=k)
         e = sums / size[:, None] - self.origin
         inertia = self.total - float((size * (e * e).sum(1)).sum())  # within = total - between
-        return _Partition(labels, size, sums, e, inertia)
+        return Partition(labels, size, sums, e, inertia)
 
 
-class _NativeRows(_Rows):
+class NativeRows(Rows):
     """The same passes in C++, which read W in its own dtype."""
 
     DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -123,6 +123,6 @@ class _NativeRows(_Rows):
         solver().move_rows(self.array, before, after, sums, torch.get_num_threads())
 
 
-def _rows(W: Tensor) -> _Rows:
-    native = solver() and W.device.type == "cpu" and W.dtype in _NativeRows.DTYPES and type(W.detach()) is Tensor
-    return (_NativeRows if native else _Rows)(W)
+def rows_of(W: Tensor) -> Rows:
+    native = solver() and W.device.type == "cpu" and W.dtype in NativeRows.DTYPES and type(W.detach()) is Tensor
+    return (NativeRows if native else Rows)(W)

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import lifecycle
 from .data import IGNORED, Rows, encode, read_examples, split
-from .training_report import Report, _metrics, plot_curve
+from .training_report import Report, metrics_of, plot_curve
 
 RUN = "run.json"  # what a run was started with, beside its checkpoints: --resume compares with it
 
@@ -152,7 +152,7 @@ def finetune(settings: Settings) -> Result:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         report.close()
-    metrics = _metrics(run, trainer, report, train, held_out)
+    metrics = metrics_of(run, trainer, report, train, held_out)
     _publish(model, tokenizer, metrics, output)
     return Result(model, tokenizer, metrics)
 

@@ -1,4 +1,4 @@
-"""What an adapter is made of and what it does: layers, chosen rows, router weights, answers with and without it."""
+"""What an adapter is made of and what it does: layers, chosen rows, router weights."""
 
 from __future__ import annotations
 

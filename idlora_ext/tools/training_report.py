@@ -74,7 +74,7 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def _metrics(run: dict[str, Any], trainer: Trainer, report: Report, train: Rows, held_out: Rows) -> dict[str, Any]:
+def metrics_of(run: dict[str, Any], trainer: Trainer, report: Report, train: Rows, held_out: Rows) -> dict[str, Any]:
     curve = [
         {"step": entry["step"], name: entry[key]}
         for entry in trainer.state.log_history

@@ -257,7 +257,7 @@ class IdLoraModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """PEFT's hook for what is saved: whole tensors, also of a model that is sharded (then all ranks must call)."""
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
-        return {name: sharding.full(tensor) for name, tensor in tensors.items()}
+        return {name: sharding.full_tensor(tensor) for name, tensor in tensors.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
