@@ -13,6 +13,7 @@ from .. import ops
 from ..ops import bounded_router
 from ..ops.column_parallel import Columns
 from ..ops.fakes import accumulate
+from ..ops.functional import adapt_in_place
 from ..rows.fingerprint import SIZE as FINGERPRINT_SIZE
 from ..rows.router_start import start_router
 from ..rows.row_scale import row_scale
@@ -27,7 +28,7 @@ class BaseOutput(NamedTuple):
     bias: Tensor | None = None  # [d], the layer's
     contains_bias: bool = False  # whether y0 has it already
     columns: Columns | None = None  # of a column-parallel layer those that y0 has
-    fresh: bool = False  # nobody else holds y0: it may be written over
+    fresh: bool = False  # nobody else holds y0, and nothing but the result is wanted: it may be written over
 
     def rows(self, rows: slice) -> BaseOutput:
         """The same of some rows of the batch."""
@@ -97,8 +98,10 @@ class Adapter(nn.Module):
             self.refuse_pending()
         if y is not None or base.columns is not None or (self.training and self.dropout):
             return self._by_operator(base, y)
-        op = ops.adapt_ if base.fresh else ops.adapt
-        return op(base.y0, *self._arguments(base))
+        if base.fresh:
+            adapt_in_place(base.y0, *self._arguments(base))
+            return base.y0
+        return ops.adapt(base.y0, *self._arguments(base))
 
     def _by_operator(self, base: BaseOutput, y: Tensor | None) -> Tensor:
         _, router, B, offset, scaling, contained, _, bounded = self._arguments(base)
@@ -114,23 +117,27 @@ class Adapter(nn.Module):
 
     def _arguments(self, base: BaseOutput) -> tuple[Any, ...]:
         """What ``ops.adapt`` takes beside ``y0``; to a centred adapter the mean is what ``y0`` contains."""
-        buffers = self._buffers  # past nn.Module's lookups, which decoding feels in every layer
-        offset, contained = base.bias, base.contains_bias
-        if (mean := buffers["mean"]) is not None:
-            offset, contained = beside(mean, base.y0), True
-            if base.columns is not None:
-                offset = offset[base.columns.first : base.columns.last]
-        if (scale := buffers["row_scale"]) is not None and scale.dtype is not torch.float32:
+        # Past nn.Module's lookups, which decoding feels in every layer; a replica of nn.DataParallel has no parameters,
+        # but plain tensors.
+        held: Any = self._parameters or vars(self)
+        buffers: Any = self._buffers
+        y0, offset, contained, columns, _ = base
+        router, B, scale, mean = held["router"], held["B"], buffers["row_scale"], buffers["mean"]
+        dtype, wide = y0.dtype, torch.float32
+        if router.dtype is not dtype and router.dtype is not wide:
+            router, B = router.to(dtype), B.to(dtype)  # a base layer that computes wider than the adapter is stored
+        if scale is not None and scale.dtype is not wide:
             scale = scale.float()  # whatever the model was converted to
-        return *self.tensors(base.y0.dtype), offset, self.scaling, contained, scale, self.bounded
+        if mean is not None:
+            offset, contained = mean if mean.dtype is dtype else beside(mean, y0), True
+            if columns is not None:
+                offset = offset[columns.first : columns.last]
+        return buffers["index"], router, B, offset, self.scaling, contained, scale, self.bounded
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``index``, router and ``B`` as the operators take them beside activations of ``dtype``."""
-        held: Any = self._parameters or vars(self)  # a replica of nn.DataParallel holds plain tensors
-        router, B = held["router"], held["B"]
-        if router.dtype is not dtype and router.dtype is not torch.float32:
-            router, B = router.to(dtype), B.to(dtype)  # a base layer that computes wider than the adapter is stored
-        return self._buffers["index"], router, B  # type: ignore[return-value]
+        index, router, B, *_ = self._arguments(BaseOutput(torch.empty(0, dtype=dtype)))
+        return index, router, B
 
     def alpha(self, base: BaseOutput) -> Tensor:
         """The router's weights ``a_i``, ``[..., k]`` float32."""

@@ -101,15 +101,11 @@ class IdLoraLayer(BaseTunerLayer):
 
     def adapters_at_work(self) -> list[Adapter]:
         """Those that ``forward`` runs, in the order in which they were activated."""
-        return [] if self._disable_adapters or self.merged_adapters else self._active()
-
-    def _active(self) -> list[Adapter]:
-        # Past nn.Module's lookups, which decoding feels in every layer.
-        held: Any = self._modules["idlora_adapter"]._modules
+        if self._disable_adapters or self.merged_adapters:
+            return []
         active = self._active_adapter
-        if isinstance(active, str):
-            return [held[active]] if active in held else []
-        return [held[name] for name in active if name in held]
+        held: Any = self._modules["idlora_adapter"]._modules  # past nn.Module's lookups, which decoding feels
+        return [held[name] for name in ([active] if isinstance(active, str) else active) if name in held]
 
     def refuse_pending(self, adapter_names: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""
@@ -129,6 +125,9 @@ class IdLoraLayer(BaseTunerLayer):
         if adapter in self.idlora_adapter:
             held = self.idlora_adapter[adapter]
             held.scaling = scale * held.configured_scaling
+
+    def _active(self) -> list[Adapter]:
+        return [self.idlora_adapter[name] for name in self.active_adapters if name in self.idlora_adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""

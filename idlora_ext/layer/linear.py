@@ -14,6 +14,7 @@ from ..base import quantised, sharding
 from ..base.weight import is_plain
 from ..ops import nvtx
 from ..ops.column_parallel import Columns
+from ..ops.functional import undisturbed
 from .adapter import Adapter, BaseOutput, beside
 from .centering import take_means
 from .config import IdLoraConfig
@@ -47,6 +48,12 @@ class Linear(nn.Module, MergeableLayer):
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
         base = self.base_output(h, *args, **kwargs)
+        if (
+            base.fresh and len(adapters) == 1
+        ):  # decoding, which feels every lookup: past the module, if nothing hooks it
+            adapter = adapters[0]
+            hooked = adapter._forward_pre_hooks or adapter._forward_hooks
+            return adapter(base) if hooked else adapter.forward(base)
         if torch.is_grad_enabled():  # whether or not train() was called
             take_means(self, adapters, base)
         return self._adapt(adapters, base)
@@ -67,10 +74,11 @@ class Linear(nn.Module, MergeableLayer):
         held = layer._parameters
         bias, weight = (held["bias"], held["weight"]) if len(held) == 2 else (layer.bias, layer.weight)
         y0 = F.linear(h, weight.t() if isinstance(layer, Conv1D) else weight, bias if self.centered else None)
-        fresh = h.is_cpu and not torch.is_grad_enabled() and nvtx.eager_without_ranges() and type(y0) is Tensor
+        columns = None if y0.shape[-1] == self.out_features else self.columns(y0)
+        fresh = h.is_cpu and undisturbed() and type(y0) is Tensor
         if bias is None:
-            return BaseOutput(y0, None, False, self.columns(y0), fresh)
-        return BaseOutput(y0, beside(sharding.local(bias), y0), self.centered, self.columns(y0), fresh)
+            return BaseOutput(y0, None, False, columns, fresh)
+        return BaseOutput(y0, beside(sharding.local(bias), y0), self.centered, columns, fresh)
 
     def columns(self, y0: Tensor) -> Columns | None:
         """Of a column-parallel layer those that ``y0`` has, None for any other: its output is whole."""

@@ -16,7 +16,7 @@ from .nvtx import op_range
 # Without a gradient the way through autograd's wrapper, which is Python, takes longer than the kernel of one token.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _adapt_op = torch.ops.idlora.adapt.default
-_adapt_in_place = torch.ops.idlora.adapt_.default
+adapt_in_place = torch.ops.idlora.adapt_.default  # what adapt_ calls where undisturbed()
 
 
 def transformed() -> bool:
@@ -24,6 +24,17 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():  # which takes transforms apart itself
         return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def undisturbed() -> bool:
+    """Whether what is called now is executed and no more: no gradient, compiler, transform or range is to see it."""
+    return not (
+        torch.compiler.is_compiling()  # first, so that a compiler never looks at the rest
+        or torch.is_grad_enabled()
+        or nvtx.domain is not None
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
@@ -162,7 +173,7 @@ def adapt_(
         raise RuntimeError("idlora::adapt_: it is for inference, where nothing is differentiated; use adapt")
     if transformed():
         return y0.copy_(adapt(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
-    _adapt_in_place(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded)
+    adapt_in_place(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded)
     return y0
 
 

@@ -30,7 +30,7 @@ COLOURS = {"forward": "green", "backward": "blue"}
 
 _NOTHING = nullcontext()
 
-_domain: Any = None  # of the package nvtx, while ranges are on
+domain: Any = None  # of the package nvtx, while ranges are on
 
 _layer: ContextVar[str | None] = ContextVar("idlora_layer", default=None)
 
@@ -44,23 +44,23 @@ def nvtx_ranges() -> Iterator[None]:
     Raises:
         ImportError: the package ``nvtx`` is not installed.
     """
-    global _domain
-    before, _domain = _domain, _nvtx_domain("nvtx_ranges()")
+    global domain
+    before, domain = domain, _nvtx_domain("nvtx_ranges()")
     try:
         yield
     finally:
-        _domain = before
+        domain = before
 
 
 def no_ranges() -> bool:
     """Whether nothing that is called now has a range."""
     # First what torch.compile knows for certain: so it never looks at the switch, and does not depend on it.
-    return torch.compiler.is_compiling() or _domain is None
+    return torch.compiler.is_compiling() or domain is None
 
 
 def eager_without_ranges() -> bool:
     """Whether this is plain eager code: neither ranges nor, for a compiler, a way through autograd are asked for."""
-    return not torch.compiler.is_compiling() and _domain is None  # in this order, as above
+    return not torch.compiler.is_compiling() and domain is None  # in this order, as above
 
 
 def layer(name: str) -> AbstractContextManager[None]:
@@ -78,7 +78,7 @@ def op_range(phase: str, op: str, layer: str | None = None) -> AbstractContextMa
     if no_ranges():
         return _NOTHING
     layer = layer or _layer.get()
-    return _NOTHING if layer is None else _range(_domain, layer, phase, op)
+    return _NOTHING if layer is None else _range(domain, layer, phase, op)
 
 
 @contextmanager
@@ -121,4 +121,4 @@ def _from_environment() -> Any:
     return _nvtx_domain("IDLORA_NVTX=1") if value == "1" else None
 
 
-_domain = _from_environment()
+domain = _from_environment()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import idlora_ext
-from idlora_ext import ops
+from idlora_ext.layer import adapter
 
 H = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(3))
 FIELDS = {"r": 8, "num_clusters": 2, "target_modules": ["0"]}
@@ -34,7 +34,7 @@ def model_of(**fields) -> nn.Module:
 def same(model: nn.Module, h: torch.Tensor = H, taken: bool = True) -> torch.Tensor:
     """The outputs with and without gradients are the same bits, and the base output was written over if ``taken``."""
     expected = model(h).detach()
-    with torch.no_grad(), mock.patch.object(ops, "adapt_", wraps=ops.adapt_) as in_place:
+    with torch.no_grad(), mock.patch.object(adapter, "adapt_in_place", wraps=adapter.adapt_in_place) as in_place:
         assert torch.equal(model(h), expected)
         assert in_place.called == taken
     return expected
@@ -129,7 +129,7 @@ def test_functional_call():
 def test_what_is_left_to_forward():
     model = model_of(dropout=0.5)
     with torch.no_grad():
-        with mock.patch.object(ops, "adapt_") as in_place:
+        with mock.patch.object(adapter, "adapt_in_place") as in_place:
             model.train()(H)
         assert not in_place.called  # dropout
     model = model_of()
