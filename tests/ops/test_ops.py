@@ -243,7 +243,7 @@ def test_autocast_does_not_reach_into_the_kernels(device):
     assert torch.equal(inside, plain)
 
 
-@pytest.mark.subprocess
+@pytest.mark.compiled
 @every_router
 def test_compiles_without_graph_breaks(form, device):
     torch.compiler.reset()
