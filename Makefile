@@ -1,5 +1,5 @@
 # make demo: fine-tune a real language model and see the difference.  make test: lint, types, all tests (9 minutes on 2 cores).
-# make check: lint, types, and the tests that need no real model, no other process and no simulator (3 minutes): while working.
+# make check: lint, types, and the tests that need no real model, no other process, no torch.compile and no simulator (3 minutes).
 # Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
 # environment variables choose what is built; after changing one, make clean).
 # make test-versions: what touches PEFT, under the oldest versions of PEFT and transformers that are supported.
@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
-QUICK := not real_model and not subprocess and not simulator
+QUICK := not real_model and not subprocess and not compiled and not simulator
 VERSIONS_TESTS := tests/tuner/test_tuner.py tests/tuner/test_failures.py tests/tuner/test_mixed_batches.py tests/lifecycle/test_checkpoint.py tests/tools/test_cli.py tests/tools/test_finetune.py \
 	$(addprefix tests/peft/test_,versions.py trainer.py behaviours.py configuration.py refusals.py)
 

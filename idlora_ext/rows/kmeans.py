@@ -55,7 +55,8 @@ def constrained_kmeans(
     """``min_{labels, centroids} sum_i |W_i - centroids_{labels_i}|^2`` subject to ``|{i: labels_i = c}| >= min_size``.
 
     A local minimum. Every iteration is an :func:`~idlora_ext.rows.assignment.assign`, after which each centroid is the
-    A local minimum. Every iteration is an :func:`~idlora_ext.rows.assignment.assign`, after which each centroid is the
+    mean of its rows, and lowers the inertia. What is assigned by goes from coarse to fine, each for as long as that
+    gains enough:
 
     1. the distance, not squared: a few outlier rows should not decide where the first centroids go;
     2. nearly the change of the inertia when a row joins a cluster of ``n``, ``distance^2 * n / (n + 1)``, or leaves it,

@@ -198,7 +198,10 @@ def test_rows_are_chosen_from_the_dequantised_weights(quantised):
         torch.testing.assert_close(through, W.float(), rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("door", ["apply", "peft"])
+DOORS = [(name, ("apply", "peft")[i % 2]) for i, name in enumerate(QUANTISERS)]
+
+
+@pytest.mark.parametrize(("quantised", "door"), DOORS, indirect=["quantised"])
 def test_train_save_load(quantised, tmp_path, door):
     model = quantised()
     base = {n: p.detach().clone() for n, p in model.named_parameters() if "idlora" not in n and p.ndim == 1}

@@ -333,6 +333,7 @@ def test_gradient_checkpointing_computes_the_same(reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
 
 
+@pytest.mark.compiled
 def test_compiled_training_takes_the_mean():
     model, plain = (idlora_ext.apply(tiny_llama(num_hidden_layers=1).double(), **CENTERED).train() for _ in range(2))
     model.config.use_cache = plain.config.use_cache = False

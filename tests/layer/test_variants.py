@@ -28,6 +28,7 @@ from tests.helpers.models import (
     tiny_llama,
     training_losses,
 )
+from tests.helpers.problems import each, named
 
 DEFAULT = "static, scaled pivoted rows, centred"
 VARIANTS = {
@@ -89,8 +90,8 @@ def expected(layer, h, adapter="default"):
     return reference.linear(h, layer.get_base_weight(), base.bias, *tensors, **options(layer, adapter))
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-def test_layers_follow_the_equation(kind, variant):
+@each(variant=VARIANTS, kind=named(PLAIN))
+def test_layers_follow_the_equation(variant, kind):
     model = trained(idlora_ext.apply(stretched(MODELS[kind].make().double()), **MODELS[kind].fields(**variant)))
     for name, layer in layers_of(model).items():
         h = torch.randn(3, 5, layer.in_features, dtype=torch.float64)

@@ -62,6 +62,7 @@ def test_gradcheck(form, bias, device):
         assert torch.autograd.gradcheck(function, (y0, router, B, b))
 
 
+@pytest.mark.compiled
 @every_router
 def test_opcheck(form, device):
     y0, index, router, B, b = problem((24, 3, 4, 2), (2, 2), form, bias=True, device=device)
@@ -243,7 +244,7 @@ def test_autocast_does_not_reach_into_the_kernels(device):
     assert torch.equal(inside, plain)
 
 
-@pytest.mark.subprocess
+@pytest.mark.compiled
 @every_router
 def test_compiles_without_graph_breaks(form, device):
     torch.compiler.reset()

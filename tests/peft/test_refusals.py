@@ -39,8 +39,10 @@ WITH_UNKNOWN_NAMES = {
 }
 
 
-@each(operation=named(WITH_UNKNOWN_NAMES), row={name: MODELS[name] for name in OF_PEFT})
-def test_unknown_names_raise_what_peft_raises(operation, row, tmp_path):
+@each(operation=named(WITH_UNKNOWN_NAMES), kind=named(OF_PEFT))
+def test_unknown_names_raise_what_peft_raises(operation, kind, tmp_path):
+    row = MODELS[kind]
+
     def outcome(model: PeftModel) -> tuple[Any, str]:
         try:
             WITH_UNKNOWN_NAMES[operation](model, tmp_path)

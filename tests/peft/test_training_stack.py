@@ -103,6 +103,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
     assert_same(gradients(model, *parts), gradients(model, whole), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_compiled_training_has_one_graph_for_every_step_and_length(checkpointed):
     torch._dynamo.reset()
@@ -127,6 +128,7 @@ def test_compiled_training_has_one_graph_for_every_step_and_length(checkpointed)
     assert not counters["graph_break"]
 
 
+@pytest.mark.compiled
 def test_compiled_with_several_adapters_and_with_none():
     """One graph for each set of active adapters, found again when the set comes back."""
     torch._dynamo.reset()

@@ -366,7 +366,7 @@ def test_merging_is_refused_before_anything_changes():
         assert torch.equal(logits(peft_model), before)
 
 
-@pytest.mark.subprocess
+@pytest.mark.compiled
 def test_compiles_as_a_whole_without_graph_breaks():
     model = randomize_adapter(idlora_ext.apply(tiny_llama(), **FIELDS)).train()
     eager = model(**inputs(), labels=inputs()["input_ids"]).loss
