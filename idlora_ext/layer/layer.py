@@ -103,9 +103,13 @@ class IdLoraLayer(BaseTunerLayer):
         """Those that ``forward`` runs, in the order in which they were activated."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        active = self._active_adapter
         held: Any = self._modules["idlora_adapter"]._modules  # past nn.Module's lookups, which decoding feels
-        return [held[name] for name in ([active] if isinstance(active, str) else active) if name in held]
+        active = self._active_adapter
+        if isinstance(active, str):
+            active = (active,)
+        if len(active) == 1:
+            return [held[active[0]]] if active[0] in held else []
+        return [held[name] for name in active if name in held]
 
     def refuse_pending(self, adapter_names: Iterable[str]) -> None:
         """Refuse to run adapters without rows."""

@@ -48,9 +48,8 @@ class Linear(nn.Module, MergeableLayer):
         if not adapters:
             return self.base_layer(h, *args, **kwargs)
         base = self.base_output(h, *args, **kwargs)
-        if (
-            base.fresh and len(adapters) == 1
-        ):  # decoding, which feels every lookup: past the module, if nothing hooks it
+        if base.fresh and len(adapters) == 1:
+            # Decoding, which feels every lookup: past the module's call, if nothing hooks it.
             adapter = adapters[0]
             hooked = adapter._forward_pre_hooks or adapter._forward_hooks
             return adapter(base) if hooked else adapter.forward(base)
