@@ -32,7 +32,7 @@ def records(tmp_path_factory):
 
 
 def run(world, directory, *names, **variables):
-    launcher = [] if world == 1 else ["-m", "torch.sharding.run", "--standalone", "--nproc-per-node", str(world)]
+    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [sys.executable, *launcher, distributed_worker.__file__, str(directory), *names]
     given = environment(OMP_NUM_THREADS="1", **variables)
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=400)
@@ -256,9 +256,9 @@ def test_an_empty_weight_is_never_clustered():
 
 def test_rows_out_of_order_are_refused():
     """``packed_colwise``: what one rank has of fused weights is not one run of rows."""
-    from torch.sharding.device_mesh import init_device_mesh
-    from torch.sharding.tensor import distribute_tensor
-    from torch.sharding.tensor.placement_types import _StridedShard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

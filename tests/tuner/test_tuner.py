@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import idlora_ext
-from idlora_ext import IdLoraConfig, ops, reference
+from idlora_ext import IdLoraConfig, reference
+from idlora_ext.layer import adapter
 from idlora_ext.layer.config import fit_rank
 from tests.helpers.models import (
     FIELDS,
@@ -226,7 +227,7 @@ def test_without_gradients_a_layer_writes_into_what_its_base_returned(kind):
     idlora_ext.apply(model, **MODELS[kind].fields())
     randomize_adapter(model.eval())
     expected = logits(model)
-    with mock.patch.object(ops, "adapt_", side_effect=ops.adapt_) as in_place:
+    with mock.patch.object(adapter, "adapt_in_place", side_effect=adapter.adapt_in_place) as in_place:
         with torch.enable_grad():
             with_gradients = model(**inputs()).logits
         assert not in_place.call_count
