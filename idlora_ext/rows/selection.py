@@ -25,8 +25,9 @@ def select_rows(W: Tensor, num_clusters: int, r: int, *, selection: str = "neare
       nearest to its centroid, nearest first (ties: the lower row first);
     * ``sequential`` (the paper's ablation SS): rows ``0 .. k*r - 1``, in order;
     * ``random`` (the paper's ablation RS): ``k*r`` distinct rows drawn uniformly by ``seed``;
-    * ``pivoted_qr``: the same clusters, and of each the ``r`` rows that :func:`~idlora_ext.pivoting.pivoted_rows` picks
-      first: an interpolative decomposition of each ``W_i``, rows that span their cluster rather than its middle;
+    * ``pivoted_qr``: the same clusters, and of each the ``r`` rows that
+      :func:`~idlora_ext.rows.pivoting.pivoted_rows` picks first: an interpolative decomposition of each ``W_i``, rows
+      that span their cluster rather than its middle;
     * ``pivoted_qr_whole``: the first ``k*r`` pivots of the whole of ``W``, without clusters. Pivot ``p`` goes to
       ``index[p mod k, p // k]``, as cards are dealt: every ``A_i`` then spans ``W`` coarsely by itself, and the ``k``
       rows that ``z_j`` adds up and one column of ``B`` serves are neighbours in the order of their residuals. (The

@@ -42,7 +42,7 @@ class Settings:
 
     Args:
         model: directory or hub name of a causal language model.
-        data: ``.jsonl`` and ``.txt`` files, see :func:`idlora_ext.data.read_examples`.
+        data: ``.jsonl`` and ``.txt`` files, see :func:`idlora_ext.tools.data.read_examples`.
         output: directory for checkpoints and results.
         held_out: fraction of the data to hold out, unless ``held_out_file`` is given.
         epochs, steps: how long to train; ``steps`` wins.

@@ -136,14 +136,14 @@ class IdLoraModel(BaseTuner):
             verify_transformers_load(model, before, functools.partial(verify, model, config, adapter_name))
         else:
             self._before.pop(adapter_name, None)
-        if all_linear:
+        if all_linear and not means_all_linear(config):
             config.target_modules = AllLinear(config.target_modules)
 
     def _inject(
         self, model: nn.Module, config: IdLoraConfig, adapter_name: str, *arguments: bool | dict[str, Tensor] | None
     ) -> None:
         remember_trainable(model)
-        self._injection = Injection.into(model)
+        found = self._injection = Injection.into(model)  # filled by what PEFT calls back
         try:
             super().inject_adapter(model, adapter_name, *arguments)
             hooks.refuse_adapter_names(model)
@@ -154,9 +154,10 @@ class IdLoraModel(BaseTuner):
             if not config.index_stored:
                 choosing.fail(error)
             raise
+        finally:
+            del self._injection
         if not config.index_stored:
-            choosing.choose_rows(self._injection.layers, adapter_name, config, progress=self._progress)
-        del self._injection
+            choosing.choose_rows(found.layers, adapter_name, config, progress=self._progress)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """PEFT calls this before it resolves "all-linear", to ``nn.Linear`` and ``Conv1D`` only, and lists the modules
