@@ -70,10 +70,14 @@ def simulator() -> ModuleType:
     return ptxsim
 
 
-def build() -> Path:
-    """Builds the kernels' library against the simulator, or brings it up to date; where it lies."""
+def build(*architectures: int) -> Path:
+    """Builds the kernels' library against the simulator, or brings it up to date; where it lies.
+
+    Args:
+        architectures: those that the simulator is to run, such as 80; by default all that it can.
+    """
     environment = os.environ | {"PTXSIM_BUILD": os.path.dirname(simulator().build())}
-    folder = BUILD / "kernels"
+    folder = BUILD / "-".join(["kernels", *map(str, architectures)])
     configure = [
         "-S",
         ROOT,
@@ -82,6 +86,7 @@ def build() -> Path:
         "-G",
         "Ninja",
         f"-DIDLORA_PTXSIM={SIMULATOR}",
+        *([f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{a}-virtual' for a in architectures)}"] if architectures else []),
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
     ]
     compiling = ["--build", folder, "--target", "idlora_kernels", "--parallel", str(os.cpu_count())]

@@ -1,15 +1,12 @@
 """The CPU kernels beyond test_ops.py: every instruction set, number of threads and path; what float16 and bfloat16 hold.
 
-Tests called ``test_kernel_*`` run once here, on the best instruction set, and once on each lower one.
+Tests called ``test_kernel_*`` run here on the best instruction set; test_instruction_sets.py runs them on the lower ones.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from tests.helpers.problems import FORMS, every_pair, named, options, tensors_of
 if native.module is None:
     pytest.skip(f"native module: {native.reason}", allow_module_level=True)
 
-CAPABILITIES = ["baseline", "avx2", "avx512"]  # asking for more than the processor has changes nothing
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # d, k, r, s: one of everything, tails of every length, parts of 1, whole tiles, tiles and a tail, a wide B
 SHAPES = [
@@ -215,24 +211,3 @@ def test_kernel_reads_what_is_not_aligned(dtype):
         shifted.append(memory[1:].view(t.shape).copy_(t))
     ours, expected = run("", *shifted), run("", *args)
     assert all(torch.equal(ours[name], t) for name, t in expected.items())
-
-
-@pytest.mark.subprocess
-@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
-def test_every_instruction_set(capability):
-    best = native.module.cpu_capability()
-    if CAPABILITIES.index(capability) >= CAPABILITIES.index(best):
-        pytest.skip(f"this processor, or IDLORA_CPU_CAPABILITY, has {best}: the other tests have run on it")
-    script = f"""
-import pytest, sys
-from idlora_ext import native
-assert native.module.cpu_capability() == {capability!r}
-sys.exit(pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", "-k", "test_kernel", {__file__!r}]))
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "IDLORA_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,7 +20,6 @@ from tests.helpers.problems import DEGENERATE, MATRICES, each, matrix, named
 if native.module is None:
     pytest.skip(f"no native module: {native.reason}", allow_module_level=True)
 solver = native.module.clustering
-CAPABILITIES = ["baseline", "avx2", "avx512"]  # asking for more than the processor has changes nothing
 
 
 @pytest.fixture
@@ -202,23 +198,6 @@ def test_passes_are_the_same_bits_on_any_number_of_threads():
         results.append((squares, distances, sums))
     for result in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-@pytest.mark.subprocess
-@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
-def test_every_instruction_set(capability):
-    best = native.module.cpu_capability()
-    if CAPABILITIES.index(capability) >= CAPABILITIES.index(best):
-        pytest.skip(f"this processor, or IDLORA_CPU_CAPABILITY, has {best}: the other tests have run on it")
-    tests = [f"{__file__}::{test}" for test in ("test_passes", "test_every_number_of_16_bits_is_read_as_it_is")]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests],
-        env={**os.environ, "IDLORA_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
-    assert "62 passed" in run.stdout
 
 
 def test_signals_are_served_during_a_long_assignment():

@@ -25,14 +25,16 @@ pytestmark = [
 def records(tmp_path_factory):
     """``records(name)``: what the scenario returned in one process, and on each of two ranks."""
     directory = tmp_path_factory.mktemp("distributed")
-    for world in (1, 2):
-        run(world, directory)
+    threads = torch.get_num_threads()
+    distributed_worker.main(directory, [])
+    torch.set_num_threads(threads)
+    run_on_two_ranks(directory)
 
     return lambda name: [read(directory, name, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2))]
 
 
-def run(world, directory, *names, **variables):
-    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+def run_on_two_ranks(directory, *names, **variables):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, distributed_worker.__file__, str(directory), *names]
     given = environment(OMP_NUM_THREADS="1", **variables)
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=400)
@@ -229,7 +231,7 @@ def distributed_save(model, directory):
 
 def test_deepspeed_zero_3(records, tmp_path):
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
-    run(2, tmp_path, "zero3", DS_ACCELERATOR="cpu")
+    run_on_two_ranks(tmp_path, "zero3", DS_ACCELERATOR="cpu")
     one = records("fsdp2")[0]
     for rank in (0, 1):
         record = read(tmp_path, "zero3", rank, 2)
