@@ -227,6 +227,7 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--base", metavar="MODEL", required=True, help="the model the adapter was made from")
     parser.add_argument("--to", choices=("lora",), required=True, help="the format")
     parser.add_argument("--output", metavar="DIR", required=True, help="where the LoRA goes; new or empty")
+    parser.add_argument("--pad", action="store_true", help="fill up with zeros to a rank that vLLM can be started with")
     _add_dtype(parser)
     parser.set_defaults(run=_export)
     return parser
@@ -345,7 +346,7 @@ def _export(args: argparse.Namespace) -> None:
     _quiet()
     if read_config(args.adapter).router != "static":  # said before the model is loaded
         raise ValueError(f"{args.adapter}: {MERGE_REFUSED}")
-    to_lora(load_adapted(args.base, args.adapter, args.dtype), args.output)
+    to_lora(load_adapted(args.base, args.adapter, args.dtype), args.output, pad=args.pad)
     print(f"written to {args.output}")
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import sharding
 from ..base.experts import ExpertLinear
-from ..base.weight import stored
+from ..base.weight import parameter_dtype, stored
 from ..layer.config import IdLoraConfig
 from ..layer.layer import IdLoraLayer
 from ..tuner.files import write
@@ -21,16 +21,28 @@ from ..tuner.names import PREFIX, adapted_layers, clean
 from ..tuner.verify import HOLDER
 from .checkpoint import adapter_state
 
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
-def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+
+def to_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    pad: bool = False,
+) -> None:
     """Write ``lora_A = sum_i a_i A_i [r, d_in]`` and ``lora_B = scaling * diag(B, .., B) [d, r]`` for PEFT.
 
     Of a centred adapter also ``lora_B.bias = lora_B c``, ``c = sum_i a_i (b - m)[index_i]`` (PEFT's ``lora_bias``).
 
     The update of arXiv 2602.20727, eq. 4, is a LoRA of rank ``r`` if ``a_i`` are constants (``A_i = W[index_i]``, its
     rows scaled if ``row_scale``). The directory holds
-    ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in float32 (float64 if ``W`` is),
-    ``modules_to_save`` included; nothing is left half-written. The model is not changed and may have merged adapters.
+    ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, ``modules_to_save`` included; nothing
+    is left half-written. The model is not changed and may have merged adapters.
+
+    All layers get one rank, that of the widest, and ``lora_alpha`` is that rank: factors of a narrower layer are filled
+    up with zeros, which change nothing. Other readers know one rank only, and scale by it.
 
     A LoRA file is larger than the adapter it is made from, ``(d_in + d) r`` values a layer, and training it further is
     training a LoRA. Of a quantised base ``W`` is read dequantised, so that there the two agree to its precision.
@@ -39,6 +51,9 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
         model: with an adapter of ``router="static"``, made by any of the doors.
         directory: is created.
         adapter_name: the adapter to export, active or not.
+        dtype: of the LoRA; by default the base model's. Products are summed in float32 (float64 if ``W`` is) and
+            rounded once.
+        pad: fill up to the next rank that vLLM can be started with: 8, 16, 32, 64, 128, 256, 320 or 512.
 
     Raises:
         ValueError: the model has no such adapter, its router is not static, its tensors are still to be loaded, ``W``
@@ -57,29 +72,26 @@ def to_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: s
         if sharding.is_sharded(stored(linear)) or stored(linear).is_meta:
             raise ValueError(f"layer {name!r} has a W that is sharded or on the meta device: save the adapter, and "
                              "export it from a model that is loaded whole in one process")  # fmt: skip
+    r = max(layer.idlora_adapter[adapter_name].index.shape[1] for layer in layers.values())
+    if pad:
+        r = next((served for served in SERVED_RANKS if served >= r), r)
     tensors = {key: tensor for key, tensor in others.items() if HOLDER not in key}
     for name, layer in layers.items():
         A, B, c = layer.lora_factors(adapter_name)
         lora_B = torch.block_diag(*[B] * (len(A) // B.shape[1]))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.cpu()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.cpu()
+        missing = r - len(A)
+        factors = {"lora_A.weight": F.pad(A, (0, 0, 0, missing)), "lora_B.weight": F.pad(lora_B, (0, missing))}
         if c is not None:
-            tensors[f"{PREFIX}{name}.lora_B.bias"] = (lora_B @ c).cpu()
-    write(directory, _lora_config(config, base, layers, adapter_name), tensors)
+            factors["lora_B.bias"] = lora_B @ c
+        wanted = dtype or parameter_dtype(layer.get_base_layer())
+        tensors |= {f"{PREFIX}{name}.{key}": tensor.to("cpu", wanted) for key, tensor in factors.items()}
+    write(directory, _lora_config(config, base, layers, r), tensors)
 
 
-def _lora_config(
-    config: IdLoraConfig, base: nn.Module, layers: dict[str, IdLoraLayer], adapter_name: str
-) -> LoraConfig:
-    ranks = {name: layer.idlora_adapter[adapter_name].index.shape[1] for name, layer in layers.items()}
-    r = statistics.mode(ranks.values())
-    # Anchored: a pattern of PEFT's also matches every longer name that ends with it.
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+def _lora_config(config: IdLoraConfig, base: nn.Module, layers: dict[str, IdLoraLayer], r: int) -> LoraConfig:
     return LoraConfig(
         r=r,
         lora_alpha=r,  # PEFT's scaling is lora_alpha / r: ours is in lora_B
-        rank_pattern=others,
-        alpha_pattern=dict(others),
         lora_bias=config.center,
         target_modules=_targets(base, set(layers)),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),

@@ -63,7 +63,8 @@ def test_plain_peft_reproduces_the_model(tmp_path):
 
     config = json.loads((tmp_path / "llama" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 8)
-    assert sorted(config["rank_pattern"].values()) == [2, 4, 4]
+    assert not config["rank_pattern"]  # readers that know one rank scale all layers by it
+    assert not config["alpha_pattern"]
     assert set(config["target_modules"]) == {
         "q_proj",
         "k_proj",
@@ -76,19 +77,30 @@ def test_plain_peft_reproduces_the_model(tmp_path):
     assert json.loads((tmp_path / "gpt2" / "adapter_config.json").read_text())["fan_in_fan_out"]
 
 
-def test_the_tensors_are_the_equation(tmp_path):
-    model = adapted_static(shared_router=False, scaling=0.7, dtype=torch.bfloat16)
-    idlora_ext.to_lora(model, tmp_path)
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_the_tensors_are_the_equation(dtype, tmp_path):
+    """In the base model's dtype, or another; one rank for all, filled up with zeros."""
+    model = adapted_static(r=12, shared_router=False, scaling=0.7, dtype=torch.bfloat16, rank_pattern={"k_proj": 4})
+    idlora_ext.to_lora(model, tmp_path, dtype=dtype, pad=dtype is None)
+    r = 12 if dtype else 16
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (r, r, {})
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * 14
+    rounding = {"rtol": 1e-6, "atol": 1e-6} if dtype else {"rtol": 2**-8, "atol": 1e-6}
     for name, layer in layers_of(model).items():
         A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        assert A.dtype == B.dtype == torch.float32
+        assert A.dtype == B.dtype == (dtype or torch.bfloat16)
         a, small = layer.idlora_adapter["default"].router, layer.idlora_adapter["default"].B
         index = layer.idlora_adapter["default"].index.long()
         W = layer.base_layer.weight.double()
-        torch.testing.assert_close(A.double(), sum(a[i] * W[index[i]] for i in range(2)), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(B, 0.7 * torch.block_diag(small, small))
+        own = index.shape[1]
+        assert own == (4 if "k_proj" in name else 12)
+        assert (len(A), B.shape[1]) == (r, r)
+        assert not A[own:].any()
+        assert not B[:, own:].any()
+        torch.testing.assert_close(A[:own].double(), sum(a[i] * W[index[i]] for i in range(2)), **rounding)
+        torch.testing.assert_close(B[:, :own].float(), 0.7 * torch.block_diag(small, small), **rounding)
 
 
 def test_names_that_end_alike_are_told_apart(tmp_path):
@@ -144,7 +156,7 @@ def test_the_command(tmp_path, capsys):
     tiny_llama().save_pretrained(base)
     model = randomize_static(idlora_ext.apply(tiny_llama(), **STATIC))
     idlora_ext.save(model, adapter)
-    command = ["export", adapter, "--base", base, "--to", "lora", "--output", output]
+    command = ["export", adapter, "--base", base, "--to", "lora", "--pad", "--output", output]
     assert main(command) == 0
     assert capsys.readouterr().out == f"written to {output}\n"
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), output)), logits(model))
