@@ -19,23 +19,29 @@ from ..layer.config import BaseMismatch, IdLoraConfig
 from ..tuner.files import read_config, read_tensors, write
 from ..tuner.names import PREFIX, adapted_layers
 from .apply import inject
+from .model_card import write_model_card
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write an adapter to a directory, for any ``nn.Module``; nothing is left half-written.
 
-    A transformers model's own ``save_pretrained`` writes the same two files. All ranks must save a sharded model;
-    rank 0 writes, and all return when the files are there.
+    A transformers model's own ``save_pretrained`` writes the same two files. Here a ``README.md`` says how to load
+    them, if there is none yet. All ranks must save a sharded model; rank 0 writes, and all return when the files are there.
 
     Raises:
         OSError: the directory cannot be written (on every rank of a sharded model).
         ValueError: the model has no such adapter, or its tensors are still to be loaded.
     """
     config, tensors = adapter_state(model, adapter_name)
-    if any(map(sharding.is_sharded, model.parameters())):
-        sharding.on_first_rank(lambda: write(directory, config, tensors))
-    else:
+
+    def write_all() -> None:
         write(directory, config, tensors)
+        write_model_card(directory, config)
+
+    if any(map(sharding.is_sharded, model.parameters())):
+        sharding.on_first_rank(write_all)
+    else:
+        write_all()
 
 
 def adapter_state(model: nn.Module, adapter_name: str) -> tuple[IdLoraConfig, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from ..tuner.files import write
 from ..tuner.names import PREFIX, adapted_layers, clean
 from ..tuner.verify import HOLDER
 from .checkpoint import adapter_state
+from .model_card import write_model_card
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
@@ -37,9 +38,9 @@ def to_lora(
     Of a centred adapter also ``lora_B.bias = lora_B c``, ``c = sum_i a_i (b - m)[index_i]`` (PEFT's ``lora_bias``).
 
     The update of arXiv 2602.20727, eq. 4, is a LoRA of rank ``r`` if ``a_i`` are constants (``A_i = W[index_i]``, its
-    rows scaled if ``row_scale``). The directory holds
-    ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, ``modules_to_save`` included; nothing
-    is left half-written. The model is not changed and may have merged adapters.
+    rows scaled if ``row_scale``). The directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT
+    writes them, ``modules_to_save`` included, and a ``README.md`` that says how to load them; nothing is left
+    half-written. The model is not changed and may have merged adapters.
 
     All layers get one rank, that of the widest, and ``lora_alpha`` is that rank: factors of a narrower layer are filled
     up with zeros, which change nothing. Other readers know one rank only, and scale by it.
@@ -85,7 +86,9 @@ def to_lora(
             factors["lora_B.bias"] = lora_B @ c
         wanted = dtype or parameter_dtype(layer.get_base_layer())
         tensors |= {f"{PREFIX}{name}.{key}": tensor.to("cpu", wanted) for key, tensor in factors.items()}
-    write(directory, _lora_config(config, base, layers, r), tensors)
+    lora = _lora_config(config, base, layers, r)
+    write(directory, lora, tensors)
+    write_model_card(directory, lora)
 
 
 def _lora_config(config: IdLoraConfig, base: nn.Module, layers: dict[str, IdLoraLayer], r: int) -> LoraConfig:

@@ -119,7 +119,7 @@ def test_fsdp2_saves_whole_tensors_and_loads_into_the_sharded_model(records):
         assert record["sharded"]
         assert record["types"] == one["types"]  # plain tensors reach the operators
         assert record["state is whole"]
-        assert record["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+        assert record["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         assert_equal(record["adapter reloaded"], record["adapter"])
         assert torch.equal(record["reloaded"], record["logits"])
         torch.testing.assert_close(record["logits"], one["logits"], rtol=1e-5, atol=1e-6)
