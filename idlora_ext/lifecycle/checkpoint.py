@@ -26,7 +26,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
     """Write an adapter to a directory, for any ``nn.Module``; nothing is left half-written.
 
     A transformers model's own ``save_pretrained`` writes the same two files. Here a ``README.md`` says how to load
-    them, if there is none yet. All ranks must save a sharded model; rank 0 writes, and all return when the files are there.
+    them, if there is none yet. All ranks must save a sharded model; rank 0 writes, and all return when the files are
+    there.
 
     Raises:
         OSError: the directory cannot be written (on every rank of a sharded model).
