@@ -26,8 +26,9 @@ library_name: peft
 
 """
 
-_ADAPTER = """This adapter was trained with [ID-LoRA](https://arxiv.org/abs/2602.20727). It needs the package `idlora_ext`,
-which registers the method with PEFT. Without the import PEFT and transformers say only `KeyError: 'IDLORA'`.
+_ADAPTER = """This adapter was trained with [ID-LoRA](https://arxiv.org/abs/2602.20727). It needs the package
+`idlora_ext`, which registers the method with PEFT. Without the import PEFT and transformers say only
+`KeyError: 'IDLORA'`.
 
 ```python
 import idlora_ext  # first
