@@ -20,9 +20,9 @@ adapt_in_place = torch.ops.idlora.adapt_.default  # what adapt_ calls where undi
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is to see through what is called now."""
+    """Whether ``torch.func``, forward-mode differentiation or ``torch.export`` is to see through what is called now."""
     if torch.compiler.is_compiling():  # which takes transforms apart itself
-        return False
+        return torch.compiler.is_exporting()  # a program that runs where this package is not
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

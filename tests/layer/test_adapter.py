@@ -16,6 +16,7 @@ from torch import nn
 import idlora_ext
 from idlora_ext import IdLoraConfig
 from idlora_ext.layer.adapter import Adapter
+from tests.helpers.commands import python
 from tests.helpers.models import FIELDS, inputs, layers_of, logits, randomize_adapter, tiny_gpt2, tiny_llama
 
 SIZES = {"r": 8, "num_clusters": 2}
@@ -114,6 +115,53 @@ def test_export_leaves_the_model_alone(model):
         assert torch.equal(model(x).logits, expected)
         assert torch.equal(copy.deepcopy(model)(x).logits, expected)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x).logits, expected)
+
+
+class Logits(nn.Module):
+    """A transformers model whose output is a tensor, which programs of any reader know."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+PROGRAM = """
+import sys
+sys.modules["idlora_ext"] = None  # any import of it fails
+import torch
+ids, expected = torch.load(sys.argv[1] + "/expected.pt")
+found = torch.export.load(sys.argv[1] + "/program.pt2").module()(ids)
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.subprocess
+def test_an_exported_program_runs_without_this_package(tmp_path):
+    model = Logits(randomize_adapter(idlora_ext.apply(tiny_llama(), progress=False, **FORMS["paper"])).eval())
+    ids = inputs()["input_ids"]
+    with torch.no_grad():
+        torch.save((ids, model(ids)), tmp_path / "expected.pt")
+        torch.export.save(torch.export.export(model, (ids,)), tmp_path / "program.pt2")
+    done = python("-c", PROGRAM, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("model", ["default", "bounded"], indirect=True)
+def test_onnx_of_a_model_with_its_adapter_attached(model, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, ids = Logits(model.eval()), inputs()["input_ids"]
+    with torch.no_grad():
+        expected = model(ids)
+        torch.onnx.export(model, (ids,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        assert torch.equal(model(ids), expected)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_more_tensor_is_one_more_line(tmp_path, monkeypatch):
