@@ -173,14 +173,18 @@ def test_autocast_forward_and_backward(kind, dtype):
         plain = gradients(reference, batch(4, 16), scale=scale)
     sizes = {name: gradient.norm() for name, gradient in exact[1].items()}
     ours, theirs = ({name: (g[1][name].double() - exact[1][name]).norm() for name in sizes} for g in (low, plain))
-    # Of a saturated softmax plain PyTorch finds no digit: an attention's gradients are rounding alone, compared as one.
+    # Of a saturated softmax plain PyTorch finds no digit: an attention's gradients are rounding alone. These are compared
+    # as one, and with those of several batches, since the size of one rounding is luck.
     rounding = {}
-    for name, size in sizes.items():
-        if theirs[name] >= size:
+    lost = [name for name, size in sizes.items() if theirs[name] >= size]
+    for seed in range(8 if lost else 0):
+        with torch.autocast("cpu", dtype):
+            found = gradients(reference, batch(4, 16, seed=seed), scale=scale)[1]
+        for name in lost:
             attention = name.rsplit(".", 3)[0]
-            rounding[attention] = max(rounding.get(attention, 0.0), theirs[name])
+            rounding[attention] = max(rounding.get(attention, 0.0), theirs[name], found[name].norm())
     for name, size in sizes.items():
-        allowed = rounding[name.rsplit(".", 3)[0]] if theirs[name] >= size else theirs[name]
+        allowed = rounding[name.rsplit(".", 3)[0]] if name in lost else theirs[name]
         assert ours[name] <= 3 * allowed + 1e-6 * size, (name, ours[name], allowed)
     assert (low[0] - exact[0]).abs() <= 2 * (plain[0] - exact[0]).abs() + torch.finfo(dtype).eps * exact[0]
 
