@@ -1,6 +1,6 @@
 """The bounded router: one weight a token for all clusters, in [0, 2] whatever the size of the activation.
 
-``z = a u``, ``u = sum_i x_i``. What is here is the definition, in plain PyTorch, which the default kernels call; forms
+``z = a u``, ``u = sum_i x_i``, or ``P`` of it (``center``). What is here is the definition, in plain PyTorch, which the default kernels call; forms
 were tried on real activations, see docs/design/bounded_router.md.
 """
 
@@ -19,7 +19,8 @@ def weight(u: Tensor, router: Tensor) -> Tensor:
     """``a = 1 + tanh(t)``, ``t = 4 <T, u / rms(u)>``.
 
     Args:
-        u: ``[..., r]``, the sum over the clusters of the gathered (and scaled) columns of ``y0``.
+        u: ``[..., r]``, the sum over the clusters of the gathered (and scaled) columns of ``y0``, centred if there is a
+            center.
         router: ``T``, ``[1, r]``.
 
     Returns:
