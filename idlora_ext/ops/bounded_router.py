@@ -1,7 +1,7 @@
 """The bounded router: one weight a token for all clusters, in [0, 2] whatever the size of the activation.
 
-``z = a u``, ``u = sum_i x_i``, or ``P`` of it (``center``). What is here is the definition, in plain PyTorch, which the default kernels call; forms
-were tried on real activations, see docs/design/bounded_router.md.
+``z = a u``, ``u = sum_i x_i``, or that centred. What is here is the definition, in plain PyTorch, which the default
+kernels call; forms were tried on real activations, see docs/design/bounded_router.md.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def adapt_backward(
 
     A static router gets ``da_i`` summed over the tokens, and ``dy0[index_i] += a_i dz``; a bounded one what
     :func:`idlora_ext.ops.bounded_router.gradients` says.
-    With a row scale ``dy0[index_ij]`` gets ``c_ij`` times as much. Where ``z`` is made of ``P u`` by a ``center``, what the
-    ``x_i`` get goes through ``P^T g = g - w <ubar, g>``.
+    With a row scale ``dy0[index_ij]`` gets ``c_ij`` times as much. With a center what the ``x_i`` get goes through
+    ``P^T g = g - w <ubar, g>``; with ``k`` constants ``da_i = <P^T dz, x_i>``.
 
     Args:
         dy: ``[..., d]``.

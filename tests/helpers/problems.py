@@ -87,8 +87,14 @@ FORMS: dict[str, dict[str, bool]] = {
 EVERY_ROUTER = {
     name: FORMS[name]
     for name in (
-        "per-cluster, scaled", "shared", "static-per-cluster", "static, scaled", "bounded, scaled",
-        "static-per-cluster, centred", "static, centred", "bounded, scaled, centred",
+        "per-cluster, scaled",
+        "shared",
+        "static-per-cluster",
+        "static, scaled",
+        "bounded, scaled",
+        "static-per-cluster, centred",
+        "static, centred",
+        "bounded, scaled, centred",
     )
 }
 BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}

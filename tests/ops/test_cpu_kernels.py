@@ -197,7 +197,11 @@ def test_kernel_rows_more_than_2_31_elements_apart(dtype):
     for values, op in [(y0, "adapt"), (dy, "adapt_backward")]:
         apart.copy_(values)
         x = torch.ops.idlora.cluster_gather(y0, index)
-        rest = (index, router, B, bias, 0.7, False, None, False, None, True) if op == "adapt" else (x, index, router, B, 0.7)
+        rest = (
+            (index, router, B, bias, 0.7, False, None, False, None, True)
+            if op == "adapt"
+            else (x, index, router, B, 0.7)
+        )
         expected = getattr(torch.ops.idlora, op)(values, *rest)
         assert all(map(torch.equal, getattr(torch.ops.idlora, op)(apart, *rest), expected))
 

@@ -314,7 +314,9 @@ def test_wrong_options_are_named():
             with pytest.raises(error, match=f"{op}: {words}"):
                 call(wrong)
         for linear in (router, router[:1]):
-            with pytest.raises(ValueError, match=rf"{op}: center must be None with a linear router, got shape \[2, 4\]"):
+            with pytest.raises(
+                ValueError, match=rf"{op}: center must be None with a linear router, got shape \[2, 4\]"
+            ):
                 call(center, linear)
 
 
