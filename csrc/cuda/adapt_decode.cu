@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   const Layout at(p);
   int2* const order = reinterpret_cast<int2*>(shared + at.order);  // column, position
   float* const router = reinterpret_cast<float*>(shared + at.router);
-  float *const ubar = reinterpret_cast<float*>(shared + at.center), *const along = reinterpret_cast<float*>(shared + at.along);
+  float* const ubar = reinterpret_cast<float*>(shared + at.center);  // and then w
+  float* const along = reinterpret_cast<float*>(shared + at.along);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
 
@@ -50,8 +51,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   if (own.group < own.end) columns.load(p.B, ds, q, own.group);
 
   // gather
-  load_router(p, router);
-  load_center(p, ubar);
+  load_router(p, router, ubar);
   if (tokens > UNSORTED) {
     sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x),
                  [&](int rank, int column, int position) { order[rank] = make_int2(column, position); });

@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
   float *const row_scale = reinterpret_cast<float*>(shared + at.row_scale), *const router = reinterpret_cast<float*>(shared + at.router);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
-  float *const ubar = reinterpret_cast<float*>(shared + at.center), *const shares = reinterpret_cast<float*>(shared + at.z);
+  float* const ubar = reinterpret_cast<float*>(shared + at.center);  // and then w
+  float* const shares = reinterpret_cast<float*>(shared + at.z);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
   const T* const x_lane = x + threadIdx.x % 32;
 
@@ -94,8 +95,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const int tokens = own.tokens;
 
   // 1. order
-  load_router(p, router);
-  load_center(p, ubar);
+  load_router(p, router, ubar);
   sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x), [&](int rank, int column, int position) {
     order[rank] = column;
     row_of[position] = static_cast<uint16_t>(rank * X_WORDS);

@@ -110,8 +110,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   const T* const x_lane = x + lane * x_stride(kr);
   const bool centre_z = p.center && k > 1;  // else x is centred already
 
-  load_router(p, router);
-  load_center(p, ubar);
+  load_router(p, router, ubar);
   for (int i = threadIdx.x; i < kr; i += THREADS) dT[i] = 0;
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(ring);
   sort_columns(p.index, p.k * r, d, scratch, [&](int rank, int column, int position) {
@@ -167,13 +166,11 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       sum_over_positions<T>(along, shares, 1, r, [&](int, int b, float sum) {
         for (int i = 0; i < k; ++i) {
           const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
-          float own = 0;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float2 u = unpack<T>(word(v, e)), w = reinterpret_cast<const float2*>(ubar + r + b)[e];
-            own = fmaf(w.y, u.y, fmaf(w.x, u.x, own));
+            sum = fmaf(router[i], fmaf(w.y, u.y, w.x * u.x), sum);
           }
-          sum = fmaf(router[i], own, sum);
         }
         return sum;
       });
@@ -279,16 +276,11 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     // 3. da, dT
     auto centre_dz = [&] {  // dz becomes P^T dz
       sum_over_positions<T>(along, shares, 1, r, [&](int, int b, float sum) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum = fmaf(ubar[b + e], dz[(b + e) * DZ_STRIDE + lane], sum);
+        for (int i = b; i < b + 8; ++i) sum = fmaf(ubar[i], dz[i * DZ_STRIDE + lane], sum);
         return sum;
       });
       for (int b = 8 * warp; b < r; b += 8 * WARPS)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          float& own = dz[(b + e) * DZ_STRIDE + lane];
-          own = fmaf(-along[lane], ubar[r + b + e], own);
-        }
+        for (int i = b; i < b + 8; ++i) dz[i * DZ_STRIDE + lane] -= along[lane] * ubar[r + i];
     };
     if (centre_z) centre_dz();
     sum_over_positions<T>(da, shares, k, r, [&](int i, int b, float sum) {

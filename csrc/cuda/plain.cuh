@@ -82,8 +82,8 @@ __device__ __forceinline__ Weight weigh(const Problem& p, U&& u) {
 }
 
 // z = sum_i a_i x_i, a_i = <T_i, x_i>, by one warp; with a center, P z. x(e) is entry e of the token's [k r];
-// put(e, value, first) sets z_e to `value`, or adds to it what clusters beyond the first 32 give; always the same thread
-// for an e. Lane l keeps a_l. Returns <w, u>, u = sum_i x_i; of k constants u = z. Without a center, 0.
+// put(e, value, first) sets z_e to `value`, or adds to it what clusters beyond the first 32 give; always the same
+// thread for an e. Lane l keeps a_l. Returns <w, u>, u = sum_i x_i, or sum_i a_i x_i of k constants; 0 without a center.
 template <class T, class Problem, class X, class Put>
 __device__ __forceinline__ float route(const Problem& p, const float* center, int k, X&& x, Put&& put) {
   const int r = p.r;

@@ -164,17 +164,13 @@ __device__ __forceinline__ Share share_of_block(int64_t N, int ds, int splits) {
   return own;
 }
 
-// The router in shared memory, as floats.
+// The router in shared memory, as floats, and the center, if there is one: ubar, then w.
 template <class Problem>
-__device__ __forceinline__ void load_router(const Problem& p, float* to) {
+__device__ __forceinline__ void load_router(const Problem& p, float* to, float* ubar) {
   for (int i = threadIdx.x; i < router_size(p); i += blockDim.x) to[i] = load_as_float(p.router, p.router_dtype, i);
+  for (int i = threadIdx.x; p.center && i < 2 * p.r; i += blockDim.x) ubar[i] = __ldg(p.center + i);
 }
 
-// Likewise the center, ubar and w, if there is one.
-template <class Problem>
-__device__ __forceinline__ void load_center(const Problem& p, float* to) {
-  for (int i = threadIdx.x; p.center && i < 2 * p.r; i += blockDim.x) to[i] = __ldg(p.center + i);
-}
 template <class Problem>
 __host__ __device__ __forceinline__ size_t center_bytes(const Problem& p) {
   return p.center ? 2 * p.r * sizeof(float) : 0;

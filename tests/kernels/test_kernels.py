@@ -43,11 +43,8 @@ def test_on_the_simulator(case):
 def test_outliers_take_z_out_of_the_range_of_float16(case):
     """So that the cases deserve their name."""
     a = cases.inputs(case)
-    (z,) = _plain(
-        "rb_scale",
-        {"x": _gathered(a["y0"], a["index"], None, None), "router": a["router"], "bounded": False},
-        torch.float64,
-    )
+    x = _gathered(a["y0"], a["index"], None, None)
+    (z,) = _plain("rb_scale", {"x": x} | {name: a[name] for name in ("router", "bounded", "center")}, torch.float64)
     assert z.abs().max() > torch.finfo(torch.float16).max
 
 

@@ -149,6 +149,10 @@ def test_errors_of_the_default_kernels_come_through_unchanged(device, capfd):
         assert raised.traceback[-1].path.name == "fakes.py"
         with pytest.raises(ValueError, match=r"rb_scale: router must be \[k, r\]"):
             ops.rb_scale(y0[..., index.long()], router[:, :2])
+        with pytest.raises(ValueError, match="adapt: center must be None with a linear router"):
+            ops.adapt(y0, index, router, B, center=torch.ones(2, 4, device=device))
+        with pytest.raises(ValueError, match=r"rb_scale: center must be \[2, r\] = \[2, 4\]"):
+            ops.rb_scale(y0[..., index.long()], router[:, 0], center=torch.ones(2, 3, device=device))
         with pytest.raises(ValueError, match=r"adapt_backward: x must be \[\.\.\., k, r\] = \[5, 3, 4\]"):
             ops.adapt_backward(y0, y0, index, router, B)
     exact = reference.adapt(y0.double(), index, router.double(), B.double())
