@@ -94,7 +94,7 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
         x = x.sum(1) if case.op == "adapt_backward" else x
     if case.outlier:
         y0, x = y0 + 300, x + 300
-        router, B = router.abs() * (200 if case.static else 1), B * 1e-5
+        router, B = 100 * (1 + router.abs()) if case.static else router.abs(), B * 1e-5
     y0, dy = (
         _rows(y0, case.rows),
         _rows(normal(N, d, dtype=case.dtype, scale=1e-3 if case.outlier else 1.0), case.rows),
