@@ -98,7 +98,7 @@ def calls(prefix: str, p: Problem) -> dict[str, Callable[[], Any]]:
     offset = p.mean, SCALING, p.mean is not None
 
     def forward() -> Any:
-        return adapt(p.y0, p.index, p.router, p.B, *offset, p.row_scale, p.bounded, True)
+        return adapt(p.y0, p.index, p.router, p.B, *offset, p.row_scale, p.bounded, save_x=True)
 
     x = forward()[1]
     return {

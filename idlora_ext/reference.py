@@ -22,6 +22,7 @@ def linear(
     row_scale: Tensor | None = None,
     mean: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """``y = h W^T + b + scaling * sum_i a_i concat_j(B (A_i h)^(j))``, ``a_i = <T_i, A_i h>``.
 
@@ -29,7 +30,8 @@ def linear(
         h: ``[..., d_in]``; W: ``[d, d_in]``; b: ``[d]`` or None; index: ``[k, r]``; router: ``[k, r]`` or ``[1, r]``,
         or ``a_i`` itself (a static router), ``[k]`` or ``[1]``; B: ``[d/s, r/s]``; row_scale: ``c [k, r]``, then
         ``A_i = diag(c_i) W[index_i]``; mean: ``m [d]``, then ``A_i h`` becomes ``diag(c_i) (W h + b - m)[index_i]``;
-        bounded: ``1 + tanh(4 <T, u / rms(u)>)``, ``u = sum_i x_i``, instead of ``<T_i, x_i>``.
+        bounded: ``1 + tanh(4 <T, u / rms(u)>)``, ``u = sum_i x_i``, instead of ``<T_i, x_i>``; center: ``ubar`` and
+        ``w``, then ``A_i h`` becomes ``P A_i h`` (not with a linear router).
 
     Returns:
         ``[..., d]``.
@@ -42,7 +44,7 @@ def linear(
         if mean is not None:
             x_i = x_i + ((0 if b is None else b[rows]) - mean[rows].to(W.dtype)) @ c_i
         x.append(x_i)
-    return y + scaling * _update(x, router, B, bounded)
+    return y + scaling * update(centred(x, center), router, B, bounded)
 
 
 def adapt(
@@ -55,13 +57,22 @@ def adapt(
     bias_in_y0: bool = False,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """The same as a function of the base output: ``x_i = c_i (y0 - b)[index_i]``, for tests of the op without ``W``."""
     without_bias = y0 - bias if bias is not None and bias_in_y0 else y0
     y = y0 + bias if bias is not None and not bias_in_y0 else y0
     c = torch.ones_like(index) if row_scale is None else row_scale
     x = [without_bias[..., columns] * c_i.to(y0.dtype) for c_i, columns in zip(c, index.long(), strict=True)]
-    return y + scaling * _update(x, router, B, bounded)
+    return y + scaling * update(centred(x, center), router, B, bounded)
+
+
+def centred(x: list[Tensor], center: Tensor | None) -> list[Tensor]:
+    """``P x_i = x_i - ubar <w, x_i>``: ``P`` is linear, so their weighted sum is ``P`` of that of ``x_i``."""
+    if center is None:
+        return x
+    ubar, w = center.to(x[0].dtype)
+    return [x_i - ubar * (x_i * w).sum(-1, keepdim=True) for x_i in x]
 
 
 def alpha(x: list[Tensor], i: int, router: Tensor, bounded: bool = False) -> Tensor:
@@ -92,7 +103,7 @@ def pivoted_rows(W: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _update(x: list[Tensor], router: Tensor, B: Tensor, bounded: bool) -> Tensor:
+def update(x: list[Tensor], router: Tensor, B: Tensor, bounded: bool) -> Tensor:
     """``sum_i a_i concat_j(B x_i^(j))``."""
     update = torch.zeros(())
     for i, x_i in enumerate(x):

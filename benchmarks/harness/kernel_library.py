@@ -205,10 +205,10 @@ class Kernels:
             self._call("cluster_gather", problem)
         return x
 
-    def rb_scale(self, x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
+    def rb_scale(self, x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None) -> Tensor:
         with Memory() as m:
             z = m.empty((x.shape[0], x.shape[2]), torch.float32)
-            pointers = (m.put(x), m.put(router), z.data_ptr())
+            pointers = (m.put(x), m.put(router), m.put(center), z.data_ptr())
             problem = STRUCTS["RbScaleProblem"](
                 *x.shape, len(router), *pointers, *_codes(x, router), _form(router, bounded)
             )
@@ -244,6 +244,7 @@ class Kernels:
         bias_in_y0: bool = False,
         row_scale: Tensor | None = None,
         bounded: bool = False,
+        center: Tensor | None = None,
         keep_x: bool = True,
         variant: str = "automatic",
     ) -> tuple[Tensor, Tensor | None]:
@@ -253,7 +254,7 @@ class Kernels:
             x = m.empty((len(y0), *kept), y0.dtype) if keep_x else None
             x_clusters = math.prod(kept[:-1])
             sizes = (*y0.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, y0.stride(0))
-            inputs = map(m.put, (y0, index, router, B, bias, row_scale))
+            inputs = map(m.put, (y0, index, router, B, bias, row_scale, center))
             pointers = [*inputs, y.data_ptr(), None if x is None else x.data_ptr()]
             codes = (*_codes(y0, router, B, bias), _form(router, bounded), bias_in_y0, VARIANTS[variant])
             self._call("adapt", STRUCTS["AdaptProblem"](*sizes, *pointers, scaling, *codes))
@@ -270,13 +271,15 @@ class Kernels:
         *,
         row_scale: Tensor | None = None,
         bounded: bool = False,
+        center: Tensor | None = None,
         variant: str = "automatic",
     ) -> tuple[Tensor, Tensor, Tensor]:
         with Memory() as m:
             gradients = [m.empty(tuple(t.shape), t.dtype) for t in (dy, router, B)]
             x_clusters = math.prod(_kept(index, router, bounded)[:-1])
             sizes = (*dy.shape, *index.shape, index.shape[1] // B.shape[1], len(router), x_clusters, dy.stride(0))
-            pointers = [*map(m.put, (dy, x, index, router, B, row_scale)), *(t.data_ptr() for t in gradients)]
+            inputs = map(m.put, (dy, x, index, router, B, row_scale, center))
+            pointers = [*inputs, *(t.data_ptr() for t in gradients)]
             codes = (*_codes(dy, router, B), _form(router, bounded), VARIANTS[variant])
             problem = STRUCTS["AdaptBackwardProblem"](*sizes, *pointers, None, scaling, *codes)
             workspace = m.new(self._library.idlora_adapt_backward_workspace(ctypes.byref(problem)))

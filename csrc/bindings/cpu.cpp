@@ -45,9 +45,10 @@ Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias, std::
   return x;
 }
 
-Tensor rb_scale(Tensor x, Tensor router, bool bounded) {
+Tensor rb_scale(Tensor x, Tensor router, bool bounded, std::optional<Tensor> center) {
   RbScaleProblem p{};
-  if (!fits(p, x, router, bounded)) return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded);
+  if (!fits(p, x, router, bounded, center))
+    return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded, center);
   Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
   cpu::rb_scale(p, torch_threads());
@@ -83,11 +84,11 @@ void adapt_into(Tensor& y, AdaptProblem& p, const Tensor& B) {
 
 std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias,
                                  double scaling, bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded,
-                                 bool save_x) {
+                                 std::optional<Tensor> center, bool save_x) {
   AdaptProblem p{};
-  if (!fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
+  if (!fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center))
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
-                                                    bias_in_y0, row_scale, bounded, save_x);
+                                                    bias_in_y0, row_scale, bounded, center, save_x);
   Tensor y = allocate(y0, y0.sizes());
   Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
   p.x = save_x ? x.mutable_data_ptr() : nullptr;
@@ -96,22 +97,23 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
 }
 
 void adapt_(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias, double scaling,
-            bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded) {
+            bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded, std::optional<Tensor> center) {
   AdaptProblem p{};
   Tensor y = y0.is_contiguous() ? y0 : torch::stable::contiguous(y0);
-  if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
+  if (!fits(p, y, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center))
     return call_default<void>("idlora::default_adapt_", y0, index, router, B, bias, scaling, bias_in_y0, row_scale,
-                              bounded);
+                              bounded, center);
   adapt_into(y, p, B);
   if (y.get() != y0.get()) torch::stable::copy_(y0, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B,
-                                                  double scaling, std::optional<Tensor> row_scale, bool bounded) {
+                                                  double scaling, std::optional<Tensor> row_scale, bool bounded,
+                                                  std::optional<Tensor> center) {
   AdaptBackwardProblem p{};
-  if (!fits(p, dy, x, index, router, B, scaling, row_scale, bounded))
+  if (!fits(p, dy, x, index, router, B, scaling, row_scale, bounded, center))
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
-                                                            scaling, row_scale, bounded);
+                                                            scaling, row_scale, bounded, center);
   Tensor dy0 = allocate(dy, dy.sizes()), drouter = allocate(router, router.sizes()), dB = allocate(B, B.sizes());
   p.dy0 = dy0.mutable_data_ptr();
   p.drouter = drouter.mutable_data_ptr();
@@ -122,7 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor in
     const Tensor parts = matrix(dy, ds);
     Tensor dz = allocate(dy, {p.N * p.s, q}), narrow_dB = B.scalar_type() == dtype ? dB : allocate(dy, {ds, q});
     addmm(dz, 0, scaling, parts, in_dtype(B, dtype));
-    const Tensor z = in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router, bounded), dtype);
+    const auto not_yet = p.x_clusters > 1 ? center : std::nullopt;  // else x is the sum, and centred
+    const Tensor z =
+        in_dtype(rb_scale(torch::stable::view(x, {p.N, p.x_clusters, p.r}), router, bounded, not_yet), dtype);
     addmm(narrow_dB, 0, scaling, transpose(parts, 0, 1), matrix(z, q));
     if (B.scalar_type() != dtype) dB = in_dtype(narrow_dB, B.scalar_type());
     cpu::adapt_backward_after_gemm(p, dz.const_data_ptr(), torch_threads());

@@ -38,10 +38,10 @@ Tensor cluster_gather(Tensor y0, Tensor index, std::optional<Tensor> bias, std::
   return x;
 }
 
-Tensor rb_scale(Tensor x, Tensor router, bool bounded) {
+Tensor rb_scale(Tensor x, Tensor router, bool bounded, std::optional<Tensor> center) {
   RbScaleProblem p{};
-  if (unusable(x) || !fits(p, x, router, bounded))
-    return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded);
+  if (unusable(x) || !fits(p, x, router, bounded, center))
+    return call_default<Tensor>("idlora::default_rb_scale", x, router, bounded, center);
   Guard guard(x.get_device_index());
   Tensor z = allocate(x, leading(x, {p.r}, 2), ScalarType::Float);
   p.z = z.mutable_data_ptr<float>();
@@ -62,11 +62,11 @@ Tensor shared_gemm(Tensor y0, Tensor z, Tensor B, std::optional<Tensor> bias, do
 
 std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor B, std::optional<Tensor> bias,
                                  double scaling, bool bias_in_y0, std::optional<Tensor> row_scale, bool bounded,
-                                 bool save_x) {
+                                 std::optional<Tensor> center, bool save_x) {
   AdaptProblem p{};
-  if (unusable(y0) || !fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
+  if (unusable(y0) || !fits(p, y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center))
     return call_default<std::tuple<Tensor, Tensor>>("idlora::default_adapt", y0, index, router, B, bias, scaling,
-                                                    bias_in_y0, row_scale, bounded, save_x);
+                                                    bias_in_y0, row_scale, bounded, center, save_x);
   Guard guard(y0.get_device_index());
   Tensor y = allocate(y0, y0.sizes());
   Tensor x = allocate(y0, save_x ? leading(y0, kept_sizes(p)) : std::vector<int64_t>{0});
@@ -77,11 +77,12 @@ std::tuple<Tensor, Tensor> adapt(Tensor y0, Tensor index, Tensor router, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B,
-                                                  double scaling, std::optional<Tensor> row_scale, bool bounded) {
+                                                  double scaling, std::optional<Tensor> row_scale, bool bounded,
+                                                  std::optional<Tensor> center) {
   AdaptBackwardProblem p{};
-  if (unusable(dy) || !fits(p, dy, x, index, router, B, scaling, row_scale, bounded))
+  if (unusable(dy) || !fits(p, dy, x, index, router, B, scaling, row_scale, bounded, center))
     return call_default<std::tuple<Tensor, Tensor, Tensor>>("idlora::default_adapt_backward", dy, x, index, router, B,
-                                                            scaling, row_scale, bounded);
+                                                            scaling, row_scale, bounded, center);
   Guard guard(dy.get_device_index());
   Tensor dy0 = allocate(dy, dy.sizes());
   Tensor drouter = allocate(router, router.sizes());

@@ -22,9 +22,7 @@ bool keeps_sum(const Problem& p) {
   return p.router_form == RouterForm::bounded || (p.router_form == RouterForm::constants && p.router_rows == 1);
 }
 
-inline const float* data(const std::optional<Tensor>& row_scale) {
-  return row_scale ? row_scale->const_data_ptr<float>() : nullptr;
-}
+inline const float* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 template <class Problem>
 std::vector<int64_t> kept_sizes(const Problem& p) {
   return keeps_sum(p) ? std::vector<int64_t>{p.r} : std::vector<int64_t>{p.k, p.r};
@@ -42,15 +40,16 @@ inline bool fits(GatherProblem& p, Tensor& y0, Tensor& index, std::optional<Tens
   return true;
 }
 
-inline bool fits(RbScaleProblem& p, Tensor& x, Tensor& router, bool bounded) {
+inline bool fits(RbScaleProblem& p, Tensor& x, Tensor& router, bool bounded, std::optional<Tensor>& center) {
   Check check(x, 2, p.dtype);
   if (!check) return false;
   p.k = x.size(-2), p.r = x.size(-1);
   check.require(p.k >= 1 && p.r >= 1 && p.k * p.r <= std::numeric_limits<int32_t>::max());
-  if (!check.tensor(x, x.sizes()).router(router, p, bounded)) return false;
+  if (!check.tensor(x, x.sizes()).router(router, p, bounded).center(center, p)) return false;
   p.N = x.numel() / (p.k * p.r);
   p.x = x.const_data_ptr();
   p.router = router.const_data_ptr();
+  p.center = data(center);
   return true;
 }
 
@@ -70,10 +69,11 @@ inline bool fits(SharedGemmProblem& p, Tensor& y0, Tensor& z, Tensor& B, std::op
 }
 
 inline bool fits(AdaptProblem& p, Tensor& y0, Tensor& index, Tensor& router, Tensor& B, std::optional<Tensor>& bias,
-                 double scaling, bool bias_in_y0, std::optional<Tensor>& row_scale, bool bounded) {
+                 double scaling, bool bias_in_y0, std::optional<Tensor>& row_scale, bool bounded,
+                 std::optional<Tensor>& center) {
   Check check(y0, 1, p.dtype);
   check.require(bias || !bias_in_y0).rows(y0, p.N, p.d, p.y0_stride).index(index, p.d, p.k, p.r);
-  check.router(router, p, bounded).B(B, p.d, p.r, p.s, p.B_dtype);
+  check.router(router, p, bounded).center(center, p).B(B, p.d, p.r, p.s, p.B_dtype);
   if (!check.parameter(bias, {p.d}, p.bias_dtype).row_scale(row_scale, p.k, p.r)) return false;
   p.x_clusters = keeps_sum(p) ? 1 : p.k;
   p.y0 = y0.const_data_ptr();
@@ -82,6 +82,7 @@ inline bool fits(AdaptProblem& p, Tensor& y0, Tensor& index, Tensor& router, Ten
   p.B = B.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.row_scale = data(row_scale);
+  p.center = data(center);
   p.scaling = scaling;
   p.bias_in_y0 = bias_in_y0;
   p.variant = Variant::automatic;
@@ -89,11 +90,11 @@ inline bool fits(AdaptProblem& p, Tensor& y0, Tensor& index, Tensor& router, Ten
 }
 
 inline bool fits(AdaptBackwardProblem& p, Tensor& dy, Tensor& x, Tensor& index, Tensor& router, Tensor& B,
-                 double scaling, std::optional<Tensor>& row_scale, bool bounded) {
+                 double scaling, std::optional<Tensor>& row_scale, bool bounded, std::optional<Tensor>& center) {
   Check check(dy, 1, p.dtype);
   check.require(x.scalar_type() == dy.scalar_type()).rows(dy, p.N, p.d, p.dy_stride).index(index, p.d, p.k, p.r);
   if (!check || !check.router(router, p, bounded) || !check.tensor(x, leading(dy, kept_sizes(p)))) return false;
-  if (!check.B(B, p.d, p.r, p.s, p.B_dtype).row_scale(row_scale, p.k, p.r)) return false;
+  if (!check.B(B, p.d, p.r, p.s, p.B_dtype).row_scale(row_scale, p.k, p.r).center(center, p)) return false;
   p.x_clusters = keeps_sum(p) ? 1 : p.k;
   p.dy = dy.const_data_ptr();
   p.x = x.const_data_ptr();
@@ -101,6 +102,7 @@ inline bool fits(AdaptBackwardProblem& p, Tensor& dy, Tensor& x, Tensor& index, 
   p.router = router.const_data_ptr();
   p.B = B.const_data_ptr();
   p.row_scale = data(row_scale);
+  p.center = data(center);
   p.scaling = scaling;
   p.variant = Variant::automatic;
   return true;

@@ -100,6 +100,13 @@ class Check {
                            : parameter(t, {p.router_rows, p.r}, p.router_dtype);
   }
 
+  // [2, r] float32 beside a router that is not linear, or none.
+  template <class Problem>
+  Check& center(std::optional<Tensor>& t, const Problem& p) {
+    if (!t || !require(p.router_form != RouterForm::linear && t->scalar_type() == ScalarType::Float)) return *this;
+    return tensor(*t, {2, p.r});
+  }
+
   // [d/s, r/s] for one s.
   Check& B(Tensor& t, int64_t d, int64_t r, int64_t& s, Dtype& dtype) {
     if (!require(t.dim() == 2 && t.size(1) >= 1 && r >= 1 && r % t.size(1) == 0)) return *this;

@@ -65,16 +65,17 @@ inline void scatter_cluster(T* dy0, const int32_t* index, int64_t r, const float
 // dy0 of tokens [begin, end), and what they add to dT, [router_rows, router.width()] (a static router's: first in each
 // row), and to dB; or else dz is given, and dB is not summed here.
 template <class T>
-void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const T* given_dz, int64_t begin, int64_t end,
-                     float* dT, float* dB) {
+void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const Center& center, const T* given_dz,
+                     int64_t begin, int64_t end, float* dT, float* dB) {
   const int64_t tokens = end - begin, k = p.x_clusters, n = k * p.r, width = padded(p.r), q = p.r / p.s,
                 q_width = padded(q);
   const int64_t operands = given_dz ? 0 : tokens * p.s * q_width;
+  const Center not_yet(k > 1 ? p.center : nullptr, p.r);  // else x is the sum, and centred
   const Buffer x(tokens * k * width), a(tokens * k), one(width), z(operands), parts(operands), dx(width);
   for (int64_t t = 0; t < tokens; ++t) {
     float* const wide = x + t * k * width;
     widen_x(static_cast<const T*>(p.x) + (begin + t) * n, k, p.r, wide);
-    route(wide, router, k, width, a + t * k, one);
+    route(wide, router, not_yet, k, width, a + t * k, one);
     if (given_dz)
       std::memcpy(static_cast<T*>(p.dy0) + (begin + t) * p.d,
                   static_cast<const T*>(p.dy) + (begin + t) * p.dy_stride, p.d * sizeof(T));
@@ -93,6 +94,7 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
         for_vectors(q, [&](int64_t i, auto load, auto store) {
           store(one + j * q + i, scaling * load(parts + (t * p.s + j) * q_width + i));
         });
+    not_yet.apply_transposed(one);
     T* const dy0 = static_cast<T*>(p.dy0) + (begin + t) * p.d;
     auto scatter = [&](int64_t i) {
       scatter_cluster(dy0, p.index + i * p.r, p.r, dx, p.row_scale ? p.row_scale + i * p.r : nullptr);
@@ -119,6 +121,7 @@ void backward_tokens(const AdaptBackwardProblem& p, const Router& router, const 
           store(dT_i + j, load(dT_i + j) + da * load(x_i + j));
         }
       }
+      if (k == 1) center.apply_transposed(dx);
       scatter(i);
     }
     for (int64_t i = k; i < p.k; ++i) scatter(i);  // x was the sum: all have the same dx
@@ -147,6 +150,7 @@ inline void add_up(const Parallel& parallel, const float* from, int64_t shares, 
 template <class T>
 void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Parallel& parallel) {
   const Router router(p);
+  const Center center(p.center, p.r);
   const int64_t ds = p.d / p.s, q = p.r / p.s, columns = router.constants() ? 1 : p.r;
   const int64_t tokens = tokens_per_share(p.N), shares = ceil_div(p.N, tokens);
   const int64_t dT_size = p.router_rows * router.width(), dB_size = dz ? 0 : ds * padded(q);
@@ -157,7 +161,7 @@ void backward(const T*, const AdaptBackwardProblem& p, const void* dz, const Par
     for (int64_t i = begin; i < end; ++i) {
       const int64_t stop = smaller(p.N, (i + 1) * tokens);
       for (int64_t n = i * tokens; n < stop; n += TOKENS)
-        backward_tokens(p, router, static_cast<const T*>(dz), n, smaller(stop, n + TOKENS), dT + i * dT_size,
+        backward_tokens(p, router, center, static_cast<const T*>(dz), n, smaller(stop, n + TOKENS), dT + i * dT_size,
                         dB + i * dB_size);
     }
   });

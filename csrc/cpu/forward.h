@@ -22,12 +22,13 @@ void gather_x(const T* y0, const GatherProblem& p, const Parallel& parallel) {
 template <class T>
 void rb_scale_tokens(const T* x, const RbScaleProblem& p, const Parallel& parallel) {
   const Router router(p);
+  const Center center(p.center, p.r);
   const int64_t width = padded(p.r);
   parallel_for(parallel, p.N, 4 * p.k * p.r, [&](int64_t begin, int64_t end) {
     const Buffer wide(p.k * width), a(p.k), z(width);
     for (int64_t n = begin; n < end; ++n) {
       widen_x(x + n * p.k * p.r, p.k, p.r, wide);
-      route(wide, router, p.k, width, a, z);
+      route(wide, router, center, p.k, width, a, z);
       std::memcpy(p.z + n * p.r, z, p.r * sizeof(float));
     }
   });
@@ -46,22 +47,23 @@ inline void finish(const T* y0, const float* bias, float scaling, const float* s
 
 // The z of tokens [begin, end) as operands of their product. Keeps x where p.x is.
 template <class T>
-void route_tokens(const AdaptProblem& p, const float* offset, const Router& router, int64_t begin, int64_t end,
-                  float* z) {
+void route_tokens(const AdaptProblem& p, const float* offset, const Router& router, const Center& center, int64_t begin,
+                  int64_t end, float* z) {
   const int64_t n = p.k * p.r, width = padded(p.r);
-  const bool keeps_x = p.x && p.x_clusters == p.k, keeps_sum = p.x && !keeps_x;
+  const bool keeps_sum = p.x && p.x_clusters == 1 && (p.k > 1 || center), keeps_x = p.x && !keeps_sum;
   const Buffer gathered(keeps_x ? 0 : (end - begin) * n), wide(p.k * width), a(p.k), routed(width);
   T* x = keeps_x ? static_cast<T*>(p.x) + begin * n : reinterpret_cast<T*>(static_cast<float*>(gathered));
   gather_tokens(static_cast<const T*>(p.y0), p.y0_stride, begin, end, p.index, n, offset, p.row_scale, x);
   for (int64_t i = begin; i < end; ++i, x += n, z += p.r) {
     widen_x(x, p.k, p.r, wide);
-    if (keeps_sum)
+    if (keeps_sum) {
+      add_clusters(wide, p.k, width, routed);
+      center.apply(routed);
       for_vectors(p.r, [&](int64_t j, auto load, auto store) {
-        Floats sum = load(wide + j);
-        for (int64_t c = 1; c < p.k; ++c) sum += load(wide + c * width + j);
-        store(static_cast<T*>(p.x) + i * p.r + j, sum);
+        store(static_cast<T*>(p.x) + i * p.r + j, load(routed + j));
       });
-    route(wide, router, p.k, width, a, routed);
+    }
+    route(wide, router, center, p.k, width, a, routed);
     for_vectors(p.r, [=, &routed](int64_t j, auto, auto store) { store(z + j, operand<T>(load(routed + j))); });
   }
 }
@@ -156,17 +158,18 @@ void adapt_tokens(const T* y0, const AdaptProblem& p, float* z, const Parallel& 
   const Bias added(p.bias_in_y0 ? nullptr : p.bias, p.bias_dtype, p.d);
   const Offset offset(p.bias_in_y0 ? p.bias : nullptr, p.bias_dtype, p.index, p.k * p.r);
   const Router router(p);
+  const Center center(p.center, p.r);
   if (!z) {
     SharedGemmProblem product{};
     product.N = p.N, product.d = p.d, product.r = p.r, product.s = p.s, product.y0_stride = p.y0_stride;
     product.y0 = p.y0, product.B = p.B, product.y = p.y, product.scaling = p.scaling, product.B_dtype = p.B_dtype;
     return multiply_tokens<T>(product, added, parallel, [&](int64_t begin, int64_t end, float* operands) {
-      route_tokens<T>(p, offset, router, begin, end, operands);
+      route_tokens<T>(p, offset, router, center, begin, end, operands);
     });
   }
   parallel_for(parallel, p.N, 8 * p.k * p.r + p.d, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      route_tokens<T>(p, offset, router, n, n + 1, z + n * p.r);
+      route_tokens<T>(p, offset, router, center, n, n + 1, z + n * p.r);
       finish(y0 + n * p.y0_stride, added, 0, nullptr, p.d, static_cast<T*>(p.y) + n * p.d);
     }
   });

@@ -67,6 +67,30 @@ class Offset {
   Buffer floats_;
 };
 
+// P v = v - ubar <w, v> and P^T v = v - w <ubar, v>, for v of padded(r) floats with zeros behind r; or v as it is.
+class Center {
+ public:
+  Center(const float* center, int64_t r) : given_(center), width_(padded(r)), rows_(center ? 2 * width_ : 0) {
+    for (int64_t i = 0; center && i < 2; ++i) widen(center + i * r, r, rows_ + i * width_);
+  }
+  explicit operator bool() const { return given_; }
+  void apply(float* v) const { subtract(v, rows_, rows_ + width_); }
+  void apply_transposed(float* v) const { subtract(v, rows_ + width_, rows_); }
+
+ private:
+  void subtract(float* v, const float* direction, const float* weights) const {
+    if (!given_) return;
+    Floats product{};
+    for (int64_t j = 0; j < width_; j += W) product += load(weights + j) * load(v + j);
+    const float size = sum(product);
+    for (int64_t j = 0; j < width_; j += W) store(v + j, load(v + j) - size * load(direction + j));
+  }
+
+  bool given_;
+  int64_t width_;
+  Buffer rows_;
+};
+
 // x of one token as floats, [k, padded(r)].
 template <class T>
 inline void widen_x(const T* x, int64_t k, int64_t r, float* wide) {
@@ -119,14 +143,21 @@ struct Weight {
   }
 };
 
-// a_i = <T_i, x_i>, z = sum_i a_i x_i; x is [k, width] with zeros behind r, width = padded(r).
-inline void route(const float* x, const Router& router, int64_t k, int64_t width, float* a, float* z) {
+// u = sum_i x_i; x is [k, width] with zeros behind r, width = padded(r).
+inline void add_clusters(const float* x, int64_t k, int64_t width, float* u) {
+  for (int64_t j = 0; j < width; j += W) {
+    Floats sum = load(x + j);
+    for (int64_t i = 1; i < k; ++i) sum += load(x + i * width + j);
+    store(u + j, sum);
+  }
+}
+
+// a_i = <T_i, x_i>, z = sum_i a_i x_i; x as above.
+inline void route(const float* x, const Router& router, const Center& center, int64_t k, int64_t width, float* a,
+                  float* z) {
   if (router.bounded()) {
-    for (int64_t j = 0; j < width; j += W) {
-      Floats u = load(x + j);
-      for (int64_t i = 1; i < k; ++i) u += load(x + i * width + j);
-      store(z + j, u);
-    }
+    add_clusters(x, k, width, z);
+    center.apply(z);
     const float weight = 1 + Weight(z, router).tanh;
     for (int64_t i = 0; i < k; ++i) a[i] = weight;
     for (int64_t j = 0; j < width; j += W) store(z + j, weight * load(z + j));
@@ -147,6 +178,7 @@ inline void route(const float* x, const Router& router, int64_t k, int64_t width
     for (int64_t i = 0; i < k; ++i) routed += a[i] * load(x + i * width + j);
     store(z + j, routed);
   }
+  center.apply(z);
 }
 
 }  // namespace idlora::cpu::IDLORA_ISA

@@ -14,13 +14,15 @@ constexpr int TOKENS = ROWS, WARPS = 4, THREADS = 32 * WARPS;
 constexpr int UNSORTED = 4;  // up to so many tokens, sorting the columns costs more than the sectors it saves
 
 struct Layout : SharedLayout {
-  int order, router, a, scale, z, x;
+  int order, router, center, a, along, scale, z, x;
 
   __host__ __device__ explicit Layout(const AdaptProblem& p) {
     const int d = p.d, k = p.k, r = p.r, s = p.s, kr = k * r;
     order = take(kr * sizeof(int2));
     router = take(router_size(p) * sizeof(float));
+    center = take(center_bytes(p));
     a = take(TOKENS * k * sizeof(float));
+    along = take(p.center ? TOKENS * sizeof(float) : 0);
     scale = take(TOKENS * sizeof(float));
     z = take(TOKENS * z_stride(s, r / s) * 2);
     x = take_larger(sort_bytes(d), static_cast<size_t>(TOKENS) * kr * 2);
@@ -35,6 +37,8 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   const Layout at(p);
   int2* const order = reinterpret_cast<int2*>(shared + at.order);  // column, position
   float* const router = reinterpret_cast<float*>(shared + at.router);
+  float* const ubar = reinterpret_cast<float*>(shared + at.center);  // and then w
+  float* const along = reinterpret_cast<float*>(shared + at.along);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
 
@@ -47,7 +51,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   if (own.group < own.end) columns.load(p.B, ds, q, own.group);
 
   // gather
-  load_router(p, router);
+  load_router(p, router, ubar);
   if (tokens > UNSORTED) {
     sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x),
                  [&](int rank, int column, int position) { order[rank] = make_int2(column, position); });
@@ -66,23 +70,21 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
     }
   }
   __syncthreads();
-  if (p.x && own.split == 0) {
-    const int kept = p.x_clusters * r;
-    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.x) + first * kept);
-    if (kept == kr) {
-      for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS)
-        reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(x)[i];
-    } else {  // the sum over the clusters
-      for (int i = threadIdx.x; i < tokens * kept / 2; i += THREADS) {
-        const uint32_t* from = reinterpret_cast<const uint32_t*>(x) + i / (kept / 2) * (kr / 2) + i % (kept / 2);
-        float2 sum = make_float2(0, 0);
-        for (int c = 0; c < k; ++c, from += kept / 2) {
-          const float2 v = unpack<T>(*from);
-          sum.x += v.x, sum.y += v.y;
-        }
-        out[i] = pack<T>(sum.x, sum.y);
+
+  // <w, u> of a center; of one weight for all clusters with u = sum_i x_i
+  for (int n = warp; n < tokens && p.center; n += WARPS) {
+    float sum = 0;
+    for (int i = lane; i < r / 2; i += 32) {
+      const float2 w = reinterpret_cast<const float2*>(ubar + r)[i];
+      for (int c = 0; c < k; ++c) {
+        const float2 v = unpack<T>(reinterpret_cast<const uint32_t*>(x + n * kr + c * r)[i]);
+        sum = fmaf(p.router_rows == 1 ? 1 : router[c], fmaf(w.y, v.y, w.x * v.x), sum);
       }
     }
+#pragma unroll
+    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    if (lane == 0) along[n] = sum;
+    __syncwarp();
   }
 
   // a_i: a warp for each token and cluster
@@ -96,6 +98,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
         const float2 v = unpack<T>(reinterpret_cast<const uint32_t*>(x + n * kr + c * r)[i]);
         u.x += v.x, u.y += v.y;
       }
+      if (p.center) subtract(u, along[n], ubar + 2 * i);
       const float2 t = reinterpret_cast<const float2*>(router)[i];
       product = fmaf(t.y, u.y, fmaf(t.x, u.x, product));
       square = fmaf(u.y, u.y, fmaf(u.x, u.x, square));
@@ -122,17 +125,40 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
   }
   __syncthreads();
 
+  if (p.x && own.split == 0) {
+    const int kept = p.x_clusters * r;
+    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.x) + first * kept);
+    if (!keeps_sum(p)) {
+      for (int i = threadIdx.x; i < tokens * kr / 8; i += THREADS)
+        reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(x)[i];
+    } else {
+      for (int i = threadIdx.x; i < tokens * r / 2; i += THREADS) {
+        const int n = i / (r / 2), w = i % (r / 2);
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(x) + n * (kr / 2) + w;
+        float2 sum = make_float2(0, 0);
+        for (int c = 0; c < k; ++c, from += r / 2) {
+          const float2 v = unpack<T>(*from);
+          sum.x += v.x, sum.y += v.y;
+        }
+        if (p.center) subtract(sum, along[n], ubar + 2 * w);
+        out[i] = pack<T>(sum.x, sum.y);
+      }
+    }
+  }
+
   // z, two neighbours at a time; zeros where there is no token and behind each part
   constexpr int HALF = CHUNKS * INNER / 2;
+  const float largest = std::is_same_v<T, __half> && p.center ? size_of_center(ubar, r) : 0;
   for (int i = threadIdx.x; i < TOKENS * s * HALF; i += THREADS) {
     const int n = i / (s * HALF), w = i % (s * HALF), j = w / HALF, e = 2 * (w % HALF);
     float2 sum = make_float2(0, 0);
     if (n < tokens && e < q) {
-      float unscale = 1;
+      float unscale = 1, less = 0;
+      if (p.center) less = p.router_rows == 1 ? along[n] * a[n * k] : along[n];
       if constexpr (std::is_same_v<T, __half>) {  // as in adapt_prefill.cu
         float size = 0;
         for (int c = 0; c < k; ++c) size += fabsf(a[n * k + c]);
-        const float power = power_of_two_above(size);
+        const float power = power_of_two_above(size + fabsf(less) * largest);
         unscale = 1 / power;
         if (w == 0) scale[n] = power;
       }
@@ -142,6 +168,7 @@ __global__ void __launch_bounds__(THREADS) adapt_decode(const __grid_constant__ 
         sum.x = fmaf(a_c, v.x, sum.x);
         sum.y = fmaf(a_c, v.y, sum.y);
       }
+      if (p.center) subtract(sum, less * unscale, ubar + j * q + e);
     }
     *reinterpret_cast<uint32_t*>(z + n * (s * CHUNKS * INNER + 8) + j * CHUNKS * INNER + slot(e)) = pack<T>(sum.x, sum.y);
   }

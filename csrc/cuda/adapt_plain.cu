@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(THREADS, 2)
           z[(i - i0) * plan.z_stride + row] = given_z[(first_row + row) * q + i];
       return;
     }
-    const bool cached = kr * static_cast<int64_t>(sizeof(T)) <= X_BYTES;
+    const bool sums = keeps_sum(p), cached = kr * static_cast<int64_t>(sizeof(T)) <= X_BYTES;
     T* const cache = reinterpret_cast<T*>(reinterpret_cast<char*>(tile) + warp() * X_BYTES);
     for (int t = warp(); t < tokens; t += WARPS) {
       const T* const row_of_y0 = y0 + (first_token + t) * p.y0_stride;
@@ -75,23 +75,23 @@ __global__ void __launch_bounds__(THREADS, 2)
       if (cached || x)
         copy<2>(kr, gather, [&](int e, T v) {
           if (cached) cache[e] = v;
-          if (x && p.x_clusters == k) x[e] = v;
+          if (x && !sums) x[e] = v;
         });
       __syncwarp();
       auto to_z = [&](auto x_at) {
-        if (x && p.x_clusters < k)  // the sum over the clusters
-          for (int e = lane(); e < r; e += 32) {
-            float sum = 0;
-#pragma unroll 1
-            for (int i = e; i < kr; i += r) sum += x_at(i);
-            x[e] = from_float<T>(sum);
-          }
-        route<T>(p, k, x_at, [&](int e, float value, bool first) {
+        const float along = route<T>(p, p.center, k, x_at, [&](int e, float value, bool first) {
           const int row = t * s + e / q - first_part, i = e % q - i0;
           if (row < 0 || row >= rows || i < 0 || i >= plan.held) return;
           float& entry = z[i * plan.z_stride + row];
           entry = first ? value : entry + value;
         });
+        if (x && sums)
+          for (int e = lane(); e < r; e += 32) {
+            float sum = 0;
+#pragma unroll 1
+            for (int i = e; i < kr; i += r) sum += x_at(i);
+            x[e] = from_float<T>(p.center ? fmaf(-along, __ldg(p.center + e), sum) : sum);
+          }
       };
       if (cached)
         to_z([&](int e) { return to_float(cache[e]); });

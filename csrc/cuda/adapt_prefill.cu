@@ -5,7 +5,7 @@
 //   2. gather   x goes to shared memory as [rank][token], a token a lane from here on. The odd number of words in a row of
 //               it makes both the writes (lanes are ranks) and the reads (lanes are tokens) free of bank conflicts, for
 //               any choice of rows;
-//   3. route    a_i, then z, in float32; z is rounded once and stored for ldmatrix;
+//   3. route    a_i, then z, in float32, centred where u is summed; z is rounded once and stored for ldmatrix;
 //   4. product  tensor.cuh. y0 is found again in L2.
 #include "sort_columns.cuh"
 #include "tensor.cuh"
@@ -19,7 +19,7 @@ constexpr int X_STRIDE = TOKENS + 2, X_WORDS = X_STRIDE / 2;  // elements and wo
 constexpr int MAX_GATHERED = 65536 / X_WORDS;                 // for 16-bit offsets; shared memory ends before
 
 struct Layout : SharedLayout {
-  int order, row_of, row_scale, router, a, scale, z, x;
+  int order, row_of, row_scale, router, center, a, scale, z, x;
 
   __host__ __device__ explicit Layout(const AdaptProblem& p) {
     const int d = p.d, k = p.k, r = p.r, s = p.s, kr = k * r;
@@ -27,10 +27,11 @@ struct Layout : SharedLayout {
     row_of = take(kr * sizeof(uint16_t));
     row_scale = take(p.row_scale ? kr * sizeof(float) : 0);
     router = take(router_size(p) * sizeof(float));
+    center = take(center_bytes(p));
     a = take(k * TOKENS * sizeof(float));
     scale = take(TOKENS * sizeof(float));
-    // The warps' shares of a are done with before z is written, the bits of the sort before x is.
-    z = take_larger(WARPS * (k < 2 ? 2 : k) * TOKENS * sizeof(float), TOKENS * z_stride(s, r / s) * 2);
+    // The warps' shares of a and of <w, u> are done with before z is written, the bits of the sort before x is.
+    z = take_larger(WARPS * (k < 3 ? 3 : k) * TOKENS * sizeof(float), TOKENS * z_stride(s, r / s) * 2);
     x = take_larger(sort_bytes(d), static_cast<size_t>(kr) * X_STRIDE * 2);
   }
 };
@@ -42,9 +43,10 @@ __device__ __forceinline__ float2 x_at(const T* x_lane, uint32_t offsets) {
   return make_float2(to_float(x_lane[2 * (offsets & 0xffff)]), to_float(x_lane[2 * (offsets >> 16)]));
 }
 
-// `kept` positions of x; if these are fewer than kr, what lies `kept` apart is added up.
+// `kept` positions of x; if these are fewer than kr, what lies `kept` apart is added up. Less along * ubar, if not null.
 template <class T>
-__device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kept, int kr, int tokens) {
+__device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kept, int kr, int tokens,
+                        const float* ubar, float along) {
   for (int p = threadIdx.x / 32 * 16; p < kept; p += 16 * WARPS) {
     uint32_t own[2][4] = {};
 #pragma unroll
@@ -60,6 +62,10 @@ __device__ void store_x(T* out, const T* x_lane, const uint16_t* row_of, int kep
             const float2 u = x_at(x_lane, word(rows, i));
             v[i].x += u.x, v[i].y += u.y;
           }
+        }
+        if (ubar) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) subtract(v[i], along, ubar + p + 8 * half + 2 * i);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[half][i] = pack<T>(v[i].x, v[i].y);
@@ -78,6 +84,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
   float *const row_scale = reinterpret_cast<float*>(shared + at.row_scale), *const router = reinterpret_cast<float*>(shared + at.router);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const scale = reinterpret_cast<float*>(shared + at.scale);
+  float* const ubar = reinterpret_cast<float*>(shared + at.center);  // and then w
   float* const shares = reinterpret_cast<float*>(shared + at.z);
   T *const z = reinterpret_cast<T*>(shared + at.z), *const x = reinterpret_cast<T*>(shared + at.x);
   const T* const x_lane = x + threadIdx.x % 32;
@@ -88,7 +95,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   const int tokens = own.tokens;
 
   // 1. order
-  load_router(p, router);
+  load_router(p, router, ubar);
   sort_columns(p.index, kr, d, reinterpret_cast<uint32_t*>(x), [&](int rank, int column, int position) {
     order[rank] = column;
     row_of[position] = static_cast<uint16_t>(rank * X_WORDS);
@@ -119,6 +126,28 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
   __syncthreads();
 
   // 3. route: each warp's share of <T_i, x_i>, their sum, then z by blocks of 32 positions of a part
+  float along = 0;  // <w, u>; of one weight for all clusters at first with u = sum_i x_i
+  if (p.center) {
+    for (int i = 0; i < k; ++i) {
+      const float a_i = p.router_rows == 1 ? 1 : router[i];
+      for (int b = 8 * warp; b < r; b += 8 * WARPS) {
+        const uint4 rows = *reinterpret_cast<const uint4*>(row_of + i * r + b);
+        float sum = 0;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float2 u = x_at(x_lane, word(rows, v)), w = reinterpret_cast<const float2*>(ubar + r + b)[v];
+          sum = fmaf(w.y, u.y, fmaf(w.x, u.x, sum));
+        }
+        along = fmaf(a_i, sum, along);
+      }
+    }
+    float* const own_shares = shares + 2 * WARPS * TOKENS + lane;  // behind those of a bounded router
+    own_shares[warp * TOKENS] = along;
+    __syncthreads();
+    along = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) along += own_shares[w * TOKENS];
+  }
   if (p.router_form == RouterForm::bounded) {  // of u = sum_i x_i: <T, u> and <u, u>
     float product = 0, square = 0;
     for (int b = 8 * warp; b < r; b += 8 * WARPS) {
@@ -133,6 +162,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
       }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
+        if (p.center) subtract(u[w], along, ubar + b + 2 * w);
         const float2 t = reinterpret_cast<const float2*>(router + b)[w];
         product = fmaf(t.y, u[w].y, fmaf(t.x, u[w].x, product));
         square = fmaf(u[w].y, u[w].y, fmaf(u[w].x, u[w].x, square));
@@ -157,7 +187,8 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     shares[(warp * k + i) * TOKENS + lane] = sum;
   }
   const int kept = p.x_clusters * r;
-  if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kept, x_lane, row_of, kept, kr, tokens);
+  if (p.x && own.split == 0) store_x(static_cast<T*>(p.x) + first * kept, x_lane, row_of, kept, kr, tokens,
+                                    p.center && p.x_clusters == 1 ? ubar : nullptr, along);
   __syncthreads();
   if (p.router_form == RouterForm::bounded && warp == 0) {
     float product = 0, square = 0;
@@ -176,10 +207,12 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
     a[i * TOKENS + lane] = sum;
   }
   __syncthreads();
+  if (p.center && p.router_rows == 1) along *= a[lane];
   float unscale = 1;
   if constexpr (std::is_same_v<T, __half>) {
     float size = 0;  // z / sum_i |a_i| is no larger than the largest x
     for (int i = 0; i < k; ++i) size += fabsf(a[i * TOKENS + lane]);
+    if (p.center) size += fabsf(along) * size_of_center(ubar, r);
     const float power = power_of_two_above(size);
     unscale = 1 / power;
     if (warp == 0) scale[lane] = power;
@@ -202,6 +235,10 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1) adapt_prefill(co
           }
         }
     }
+    if (p.center)
+#pragma unroll
+      for (int e = 0; e < INNER; ++e)
+        if (first_of_part + e < q) sum[e] = fmaf(-along * unscale, ubar[position + e], sum[e]);
     T* const row = z + lane * (s * CHUNKS * INNER + 8) + b * INNER;
 #pragma unroll
     for (int m = 0; m < 4; ++m)  // as `slot` says

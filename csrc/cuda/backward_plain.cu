@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS, 2) plain_dz_kernel(const AdaptBackwar
       const T* const x = static_cast<const T*>(p.x) + n * k * r;
       float* const z = plan.z + n * r;
       route<T>(
-          p, k, [&](int e) { return to_float(__ldg(x + e)); },
+          p, k > 1 ? p.center : nullptr, k, [&](int e) { return to_float(__ldg(x + e)); },  // else x is centred
           [&](int e, float value, bool first) { z[e] = first ? value : z[e] + value; });
     }
     return;
@@ -146,6 +146,14 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
           r, [&](int e) { return from_float<T>(to_float(__ldg(dy + __ldg(index + e))) + scaled(e)); },
           [&](int e, T v) { dy0[__ldg(index + e)] = v; });
     };
+    auto centre_dz = [&] {  // dz becomes P^T dz
+      if (!p.center) return;
+      float along = 0;
+      for (int e = lane(); e < r; e += 32) along = fmaf(__ldg(p.center + e), dz[e], along);
+      along = warp_sum(along);
+      for (int e = lane(); e < r; e += 32) dz[e] = fmaf(-along, __ldg(p.center + r + e), dz[e]);
+    };
+    if (k > 1) centre_dz();
     float a = 0;
     if (p.router_form == RouterForm::bounded) {  // k = 1: x is u, and all clusters get the same
       const T* const u = x_first + static_cast<int64_t>(t) * r;
@@ -158,6 +166,7 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
         for (int e = lane(); e < r; e += 32)
           dz[e] = fmaf(a, dz[e], fmaf(gradient.P, to_float(__ldg(router + e)), gradient.Q * to_float(__ldg(u + e))));
       });
+      centre_dz();
       __syncwarp();
       if (lane() == 0) da_first[t] = gradient.P;
       for (int i = 0; i < p.k; ++i) add(i, [&](int e) { return dz[e]; });
@@ -172,6 +181,7 @@ __device__ __forceinline__ void finish_tokens(const AdaptBackwardProblem& p, con
 #pragma unroll 4
           for (int e = lane(); e < r; e += 32) da = fmaf(dz[e], to_float(__ldg(x + e)), da);
           da = warp_sum(da);
+          if (k == 1) centre_dz();
         }
         add(i, [&](int e) { return a * dz[e]; });
       } else {

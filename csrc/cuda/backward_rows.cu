@@ -8,7 +8,7 @@
 //   2. dz       dy goes from global memory to the registers where mma wants it (as B does in tensor.cuh); B comes through
 //               a ring in shared memory, read transposed. Warps share out the row tiles and, if there are fewer than
 //               warps, the columns;
-//   3. da, dT   in float32; of a bounded router dz becomes what every x_i gets (problems.h);
+//   3. da, dT   in float32; of a bounded router dz becomes what every x_i gets, with a center P^T of it (problems.h);
 //   4. dy0      dy, found again in L2 from its last columns to its first, passes through tiles of 64 columns whose rows
 //               have an odd number of words; a tile's share of the sorted columns is added, then whole rows are written.
 #include "backward.h"
@@ -28,7 +28,7 @@ __host__ __device__ constexpr int x_stride(int kr) { return (kr / 8 | 1) * 8; }
 __host__ __device__ constexpr int B_stride(int q) { return (q / 8 | 1) * 8; }
 
 struct Layout : SharedLayout {
-  int order, row_scale, before, router, dT, a, da, weight, x, ring;
+  int order, row_scale, before, router, center, dT, a, da, along, weight, x, ring;
 
   __host__ __device__ explicit Layout(const AdaptBackwardProblem& p) {
     const int d = p.d, k = p.x_clusters, r = p.r, s = p.s, kr = k * r;
@@ -36,9 +36,11 @@ struct Layout : SharedLayout {
     row_scale = take(p.row_scale ? p.k * r * sizeof(float) : 0);
     before = take((sort_words(d) + 1) * sizeof(uint32_t));
     router = take(router_size(p) * sizeof(float));
+    center = take(center_bytes(p));
     dT = take(kr * sizeof(float));
     a = take(k * TOKENS * sizeof(float));
     da = take(k * TOKENS * sizeof(float));
+    along = take(p.center ? TOKENS * sizeof(float) : 0);
     weight = take(p.router_form == RouterForm::bounded ? TOKENS * sizeof(Weight) : 0);
     // The tiles of dy come when x is done with; the warps' shares of a and da and the sort use the ring when B is not in it.
     x = take_larger(static_cast<size_t>(TOKENS) * x_stride(kr) * 2, static_cast<size_t>(WARPS) * TOKENS * TILE_STRIDE * 2);
@@ -100,13 +102,15 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
   float *const router = reinterpret_cast<float*>(shared + at.router), *const dT = reinterpret_cast<float*>(shared + at.dT);
   float *const a = reinterpret_cast<float*>(shared + at.a), *const da = reinterpret_cast<float*>(shared + at.da);
   float* const row_scale = reinterpret_cast<float*>(shared + at.row_scale);
+  float *const ubar = reinterpret_cast<float*>(shared + at.center), *const along = reinterpret_cast<float*>(shared + at.along);
   Weight* const weight = reinterpret_cast<Weight*>(shared + at.weight);
   T *const x = reinterpret_cast<T*>(shared + at.x), *const ring = reinterpret_cast<T*>(shared + at.ring);
   float *const dz = reinterpret_cast<float*>(ring), *const shares = dz + r * DZ_STRIDE;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const T* const x_lane = x + lane * x_stride(kr);
+  const bool centre_z = p.center && k > 1;  // else x is centred already
 
-  load_router(p, router);
+  load_router(p, router, ubar);
   for (int i = threadIdx.x; i < kr; i += THREADS) dT[i] = 0;
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(ring);
   sort_columns(p.index, p.k * r, d, scratch, [&](int rank, int column, int position) {
@@ -158,10 +162,23 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       __syncthreads();
     }
+    if (centre_z)  // <w, u>
+      sum_over_positions<T>(along, shares, 1, r, [&](int, int b, float sum) {
+        for (int i = 0; i < k; ++i) {
+          const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float2 u = unpack<T>(word(v, e)), w = reinterpret_cast<const float2*>(ubar + r + b)[e];
+            sum = fmaf(router[i], fmaf(w.y, u.y, w.x * u.x), sum);
+          }
+        }
+        return sum;
+      });
     float unscale = 1;
     if constexpr (std::is_same_v<T, __half>) {  // |z| <= sum_i |a_i| 65504: above 1, keep z within float16
       float size = 0;
       for (int i = 0; i < k; ++i) size += fabsf(a[i * TOKENS + lane]);
+      if (centre_z) size += fabsf(along[lane]) * size_of_center(ubar, r);
       const float power = power_of_two_above(size, 0, 15);
       unscale = 1 / power;
       if (warp == 0 && lane < tokens)
@@ -184,6 +201,10 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
             }
           }
       }
+      if (centre_z)
+#pragma unroll
+        for (int e = 0; e < 16; ++e)
+          if (b + e < r) z[e] = fmaf(-along[lane] * unscale, ubar[b + e], z[e]);
       uint32_t own[2][4];
 #pragma unroll
       for (int w = 0; w < 8; ++w) own[w / 4][w % 4] = pack<T>(z[2 * w], z[2 * w + 1]);
@@ -253,6 +274,15 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
     }
 
     // 3. da, dT
+    auto centre_dz = [&] {  // dz becomes P^T dz
+      sum_over_positions<T>(along, shares, 1, r, [&](int, int b, float sum) {
+        for (int i = b; i < b + 8; ++i) sum = fmaf(ubar[i], dz[i * DZ_STRIDE + lane], sum);
+        return sum;
+      });
+      for (int b = 8 * warp; b < r; b += 8 * WARPS)
+        for (int i = b; i < b + 8; ++i) dz[i * DZ_STRIDE + lane] -= along[lane] * ubar[r + i];
+    };
+    if (centre_z) centre_dz();
     sum_over_positions<T>(da, shares, k, r, [&](int i, int b, float sum) {
       const uint4 v = *reinterpret_cast<const uint4*>(x_lane + i * r + b);
       const float* const dz_b = dz + b * DZ_STRIDE + lane;
@@ -279,6 +309,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS == 2 ? 2 : 1)
       }
       __syncthreads();
     }
+    if (p.center && k == 1) centre_dz();
     for (int i = warp; i < k && p.router_form == RouterForm::constants; i += WARPS) {
       float sum = da[i * TOKENS + lane];
 #pragma unroll

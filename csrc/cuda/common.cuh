@@ -97,6 +97,9 @@ __host__ __device__ __forceinline__ int router_size(const Problem& p) {
   return static_cast<int>(p.router_form == RouterForm::constants ? p.router_rows : p.router_rows * p.r);
 }
 
+// Whether what adapt keeps is P sum_i x_i or sum_i x_i, and not x as it is.
+__device__ __forceinline__ bool keeps_sum(const AdaptProblem& p) { return p.x_clusters == 1 && (p.k > 1 || p.center); }
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -81,25 +81,31 @@ __device__ __forceinline__ Weight weigh(const Problem& p, U&& u) {
   return Weight(warp_sum(product), warp_sum(square), r);
 }
 
-// z = sum_i a_i x_i, a_i = <T_i, x_i>, by one warp. x(e) is entry e of the token's [k r]; put(e, value, first) sets z_e
-// to `value`, or adds to it what clusters beyond the first 32 give; always the same thread for an e. Lane l keeps a_l.
+// z = sum_i a_i x_i, a_i = <T_i, x_i>, by one warp; with a center, P z. x(e) is entry e of the token's [k r];
+// put(e, value, first) sets z_e to `value`, or adds to it what clusters beyond the first 32 give; always the same
+// thread for an e. Lane l keeps a_l. Returns <w, u>, u = sum_i x_i, or sum_i a_i x_i of k constants; 0 without a center.
 template <class T, class Problem, class X, class Put>
-__device__ __forceinline__ void route(const Problem& p, int k, X&& x, Put&& put) {
+__device__ __forceinline__ float route(const Problem& p, const float* center, int k, X&& x, Put&& put) {
   const int r = p.r;
-  float weight = 0;
-  if (p.router_form == RouterForm::bounded) {
-    auto sum = [&](int e) {
-      float u = 0;
+  auto sum = [&](int e) {
+    float u = 0;
 #pragma unroll 1
-      for (int i = 0; i < k; ++i) u += x(i * r + e);
-      return u;
-    };
-    weight = 1 + weigh<T>(p, sum).tanh;
+    for (int i = 0; i < k; ++i) u = fmaf(p.router_rows == 1 ? 1.0f : constant<T>(p, i), x(i * r + e), u);
+    return u;
+  };
+  float weight = 0, along = 0;
+  if (center) {
+    for (int e = lane(); e < r; e += 32) along = fmaf(__ldg(center + r + e), sum(e), along);
+    along = warp_sum(along);
   }
+  auto centred = [&](int e, float u, float size) { return center ? fmaf(-size, __ldg(center + e), u) : u; };
+  if (p.router_form == RouterForm::bounded)
+    weight = 1 + weigh<T>(p, [&](int e) { return centred(e, sum(e), along); }).tanh;
   for (int first = 0; first < k; first += 32) {
     const int count = min(32, k - first);
     float own = weight;
     if (p.router_form == RouterForm::constants && lane() < count) own = constant<T>(p, first + lane());
+    const float size = first > 0 ? 0 : p.router_rows == 1 ? along * __shfl_sync(~0u, own, 0) : along;
     for (int i = 0; i < count && p.router_form == RouterForm::linear; ++i) {
       float a = 0;
       with_router<T>(p, first + i, [&](auto T_i) {
@@ -119,9 +125,10 @@ __device__ __forceinline__ void route(const Problem& p, int k, X&& x, Put&& put)
             const float a = __shfl_sync(~0u, own, i);
             if (e < r) z[u] = fmaf(a, x((first + i) * r + e), z[u]);
           }
-      if (e < r) put(e, z[0] + z[1], first == 0);
+      if (e < r) put(e, centred(e, z[0] + z[1], size), first == 0);
     }
   }
+  return along;
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------

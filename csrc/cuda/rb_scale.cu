@@ -1,4 +1,4 @@
-// z = sum_i a_i x_i, a_i = <T_i, x_i>: a warp a token.
+// z = sum_i a_i x_i, a_i = <T_i, x_i>, perhaps centred: a warp a token.
 #include "idlora/cuda.h"
 #include "plain.cuh"
 
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(THREADS) rb_scale_kernel(const RbScaleProblem 
   const T* const x = static_cast<const T*>(p.x) + n * p.k * p.r;
   float* const z = p.z + n * p.r;
   route<T>(
-      p, p.k, [&](int e) { return to_float(__ldg(x + e)); },
+      p, p.center, p.k, [&](int e) { return to_float(__ldg(x + e)); },
       [&](int e, float value, bool first) { z[e] = first ? value : z[e] + value; });
 }
 

@@ -164,15 +164,37 @@ __device__ __forceinline__ Share share_of_block(int64_t N, int ds, int splits) {
   return own;
 }
 
-// The router in shared memory, as floats.
+// The router in shared memory, as floats, and the center, if there is one: ubar, then w.
 template <class Problem>
-__device__ __forceinline__ void load_router(const Problem& p, float* to) {
+__device__ __forceinline__ void load_router(const Problem& p, float* to, float* ubar) {
   for (int i = threadIdx.x; i < router_size(p); i += blockDim.x) to[i] = load_as_float(p.router, p.router_dtype, i);
+  for (int i = threadIdx.x; p.center && i < 2 * p.r; i += blockDim.x) ubar[i] = __ldg(p.center + i);
+}
+
+template <class Problem>
+__host__ __device__ __forceinline__ size_t center_bytes(const Problem& p) {
+  return p.center ? 2 * p.r * sizeof(float) : 0;
+}
+
+// u less along * ubar, of two neighbouring positions.
+__device__ __forceinline__ void subtract(float2& u, float along, const float* ubar) {
+  const float2 direction = *reinterpret_cast<const float2*>(ubar);
+  u.x = fmaf(-along, direction.x, u.x), u.y = fmaf(-along, direction.y, u.y);
 }
 
 // z is quadratic in the activation and may leave float16's range: there it is divided by a power of two of its size.
 __device__ __forceinline__ float power_of_two_above(float size, float least = -120, float most = 120) {
   return exp2f(fminf(fmaxf(ceilf(log2f(size)), least), most));
+}
+
+// What a center adds to that size, at most, for each <w, u>: with |u| <= size * MOST, |P u| <= (size + that) * MOST.
+__device__ __forceinline__ float size_of_center(const float* ubar, int r) {
+  constexpr float MOST = 65504;  // of float16
+  float largest = 0;
+  for (int i = threadIdx.x % 32; i < r; i += 32) largest = fmaxf(largest, fabsf(ubar[i]));
+#pragma unroll
+  for (int o = 16; o; o /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+  return largest / MOST;
 }
 
 template <class T>

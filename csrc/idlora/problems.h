@@ -14,6 +14,10 @@
 //   P = 4 dt / rms(u), Q = -dt t / (r rms(u)^2)
 //
 // row_scale, [k, r] or null: c of x_ij = c_ij (y0 - bias)[index_ij].
+//
+// center, [2, r] or null, not with a linear router: ubar and w. P u = u - ubar <w, u> takes the place of u = sum_i a_i x_i,
+// of a bounded router before it is weighed. What is kept with x_clusters = 1 is P u, of one constant P sum_i x_i. Then
+// every x_i gets P^T of what it would get, P^T g = g - w <ubar, g>; with k constants da_i = <P^T dz, x_i>.
 #pragma once
 
 #include <cstddef>
@@ -54,6 +58,7 @@ struct RbScaleProblem {
   int64_t router_rows;  // k, or 1: one vector, or constant, shared by all clusters
   const void* x;        // [N, k, r] dtype
   const void* router;   // [router_rows, r] router_dtype; constants: [router_rows]
+  const float* center;
   float* z;             // [N, r]
   Dtype dtype, router_dtype;
   RouterForm router_form;
@@ -85,6 +90,7 @@ struct AdaptProblem {
   const void* B;         // [ds, q]   B_dtype
   const void* bias;      // [d]       bias_dtype, or null
   const float* row_scale;
+  const float* center;
   void* y;               // [N, d]    dtype
   void* x;               // [N, x_clusters, r] dtype, or null: not kept
   float scaling;
@@ -107,6 +113,7 @@ struct AdaptBackwardProblem {
   const void* router;    // [router_rows, r] router_dtype; constants: [router_rows]
   const void* B;         // [ds, q]   B_dtype
   const float* row_scale;
+  const float* center;
   void* dy0;             // [N, d]    dtype
   void* drouter;         // as router
   void* dB;              // [ds, q]   B_dtype

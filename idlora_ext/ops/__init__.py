@@ -19,6 +19,9 @@ clusters one weight a token, ``z = a u`` with ``u = sum_i x_i`` and ``a`` of
 ``torch.func`` (``grad``, ``vmap``, ``jvp``, ..) and forward-mode differentiation take the ops apart: they see plain
 PyTorch. So does a gradient of a gradient (``create_graph=True``), in the backward pass.
 
+A ``center`` (``ubar`` and ``w``, constants) takes the direction that tokens share out of a static or a bounded router's
+sum: ``P u = u - ubar <w, u>`` is in the place of ``u``, and is what is kept.
+
 Dtypes: activations in float64, float32, bfloat16 or float16. ``router``, ``B`` and ``bias`` have the activation's dtype
 or float32.
 """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fakes
-from .default_kernels import default_kernels
+from .default_kernels import centred_gradient, default_kernels
 from .fakes import accumulate
 from .nvtx import current_layer, op_range
 
@@ -49,14 +49,14 @@ def _cluster_gather_autograd(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
 
 
 def _rb_scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, router, ctx.bounded = inputs
-    ctx.save_for_backward(x, router)
+    x, router, ctx.bounded, center = inputs
+    ctx.save_for_backward(x, router, center)
 
 
 def _rb_scale_autograd(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+    x, router, center = ctx.saved_tensors
     with op_range("backward", "idlora::rb_scale_backward", ctx.layer):
-        return *_kernel("rb_scale_backward")(dz.contiguous(), *saved, ctx.bounded), None
+        return *_kernel("rb_scale_backward")(dz.contiguous(), x, router, ctx.bounded, center), None, None
 
 
 def _shared_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,12 +74,12 @@ def _shared_gemm_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 def _adapt_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, row_scale, ctx.bounded, save_x = inputs
+    _, index, router, B, bias, ctx.scaling, ctx.bias_in_y0, row_scale, ctx.bounded, center, save_x = inputs
     x = output[1]
     if not save_x:
         ctx.mark_non_differentiable(x)
     ctx.set_materialize_grads(False)  # or every backward pass would begin by writing zeros of the size of x
-    ctx.save_for_backward(x if save_x else None, index, router, B, row_scale)
+    ctx.save_for_backward(x if save_x else None, index, router, B, row_scale, center)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -88,33 +88,38 @@ def _adapt_autograd(ctx: Any, dy: Tensor | None, dx_kept: Tensor | None) -> tupl
     if dy is not None:
         dy0, drouter, dB, dbias = _gradients_of_y(ctx, dy.contiguous())
     if dx_kept is not None:
-        _, index, router, B, row_scale = ctx.saved_tensors
-        dx_kept = dx_kept.unsqueeze(-2) if fakes.keeps_sum(router, ctx.bounded) else dx_kept
+        _, index, router, B, row_scale, center = ctx.saved_tensors
+        if fakes.keeps_sum(router, ctx.bounded):
+            dx_kept = _of_each(dx_kept.unsqueeze(-2), center)
         kept = _scattered(dx_kept, index, B, row_scale)
         dy0 = kept if dy0 is None else dy0 + kept
         if _needs_bias(ctx, 4) and ctx.bias_in_y0:
             less = _sum_to_bias(kept, ctx.bias_dtype)
             dbias = -less if dbias is None else dbias - less
-    return dy0, None, drouter, dB, dbias, None, None, None, None, None
+    return dy0, None, drouter, dB, dbias, *(None,) * 6
 
 
 def _gradients_of_y(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    x, index, router, B, row_scale = ctx.saved_tensors
+    x, index, router, B, row_scale, center = ctx.saved_tensors
     if x is None:
         raise RuntimeError(
             "idlora::adapt: the forward pass ran with save_x=False, so there is nothing to differentiate"
         )
     with op_range("backward", "idlora::adapt_backward", ctx.layer):
-        dy0, drouter, dB = _kernel("adapt_backward")(dy, x, index, router, B, ctx.scaling, row_scale, ctx.bounded)
+        dy0, drouter, dB = _kernel("adapt_backward")(
+            dy, x, index, router, B, ctx.scaling, row_scale, ctx.bounded, center
+        )
     dbias = None
     if _needs_bias(ctx, 4) and not ctx.bias_in_y0:
         dbias = _sum_to_bias(dy, ctx.bias_dtype)
     elif _needs_bias(ctx, 4):
         # It is subtracted from the gathered columns, so it sees -dx. Taken anew, as dy - dy0 has lost dx's last digits.
-        x = x.unsqueeze(-2) if fakes.keeps_sum(router, ctx.bounded) else x
-        z = _kernel("rb_scale")(x, router, ctx.bounded)
+        summed = fakes.keeps_sum(router, ctx.bounded)
+        routed = (x.unsqueeze(-2), router, ctx.bounded, None) if summed else (x, router, ctx.bounded, center)
+        z = _kernel("rb_scale")(*routed)
         dz, _ = _kernel("shared_gemm_backward")(dy, z, B, ctx.scaling)
-        dx, _ = _kernel("rb_scale_backward")(dz, x, router, ctx.bounded)
+        dx, _ = _kernel("rb_scale_backward")(dz, *routed)
+        dx = _of_each(dx, center) if summed else dx
         dbias = -_sum_to_bias(_scattered(dx, index, B, row_scale), ctx.bias_dtype)
     return dy0, drouter, dB, dbias
 
@@ -124,6 +129,11 @@ def _scattered(dx: Tensor, index: Tensor, B: Tensor, row_scale: Tensor | None) -
     d = B.shape[0] * (index.shape[1] // B.shape[1])
     dx = dx.expand(*dx.shape[:-2], *index.shape).contiguous()
     return _kernel("cluster_gather_backward")(dx, index, d, row_scale)
+
+
+def _of_each(du: Tensor, center: Tensor | None) -> Tensor:
+    """``dx``, the same for all clusters, from the gradient of their sum as it is kept, which is centred."""
+    return centred_gradient(du.to(accumulate(du.dtype)), center).to(du.dtype)
 
 
 def _with_layer(context: Callable[..., None]) -> Callable[..., None]:

@@ -1,7 +1,7 @@
 """The bounded router: one weight a token for all clusters, in [0, 2] whatever the size of the activation.
 
-``z = a u``, ``u = sum_i x_i``. What is here is the definition, in plain PyTorch, which the default kernels call; forms
-were tried on real activations, see docs/design/bounded_router.md.
+``z = a u``, ``u = sum_i x_i``, or that centred. What is here is the definition, in plain PyTorch, which the default
+kernels call; forms were tried on real activations, see docs/design/bounded_router.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def weight(u: Tensor, router: Tensor) -> Tensor:
     """``a = 1 + tanh(t)``, ``t = 4 <T, u / rms(u)>``.
 
     Args:
-        u: ``[..., r]``, the sum over the clusters of the gathered (and scaled) columns of ``y0``.
+        u: ``[..., r]``, the sum over the clusters of the gathered (and scaled) columns of ``y0``, centred if there is a
+            center.
         router: ``T``, ``[1, r]``.
 
     Returns:

@@ -44,19 +44,35 @@ def _default(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return note
 
 
-def _route(x: Tensor, router: Tensor, bounded: bool) -> tuple[Tensor, Tensor, Tensor]:
+def centred(v: Tensor, center: Tensor | None) -> Tensor:
+    """``P v = v - ubar <w, v>``."""
+    if center is None:
+        return v
+    ubar, w = center.to(v.dtype)
+    return v - ubar * (w * v).sum(-1, keepdim=True)
+
+
+def centred_gradient(dv: Tensor, center: Tensor | None) -> Tensor:
+    """Of ``P v``, ``P^T dv = dv - w <ubar, dv>``."""
+    return dv if center is None else centred(dv, center.flip(0))
+
+
+def _route(x: Tensor, router: Tensor, bounded: bool, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` and ``a [..., k, 1]`` (static: ``[k, 1]`` or ``[1, 1]``), ``z [..., r]`` in the accumulation dtype.
 
-    Of a bounded router ``u [..., 1, r]`` instead of ``x``, and ``a [..., 1, 1]``.
+    Of a bounded router ``u [..., 1, r]`` instead of ``x``, and ``a [..., 1, 1]``; of any with one weight if it is
+    centred.
     """
     x = x.to(accumulate(x.dtype))
+    if center is not None and fakes.keeps_sum(router, bounded):
+        x, center = centred(x.sum(-2, keepdim=True), center), None
     if bounded:
         u = x.sum(-2, keepdim=True)
         a = bounded_router.weight(u, router).unsqueeze(-1)
         return u, a, (a * u).squeeze(-2)
     if router.ndim == 1:
         a = router.to(x.dtype).unsqueeze(-1)
-        return x, a, (a * x).sum(-2) if len(a) > 1 else a[0] * x.sum(-2)
+        return x, a, centred((a * x).sum(-2), center) if len(a) > 1 else a[0] * x.sum(-2)
     if router.shape[0] == 1:
         a = (x @ router[0].to(x.dtype)).unsqueeze(-1)
     else:
@@ -89,29 +105,38 @@ def _cluster_gather_backward(dx: Tensor, index: Tensor, d: int, row_scale: Tenso
 
 
 @_default("rb_scale")
-def _rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
-    fakes.rb_scale(x, router, bounded)
-    return _route(x, router, bounded)[2]
+def _rb_scale(x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None) -> Tensor:
+    fakes.rb_scale(x, router, bounded, center)
+    return _route(x, router, bounded, center)[2]
 
 
-def _rb_scale_gradient(dz: Tensor, x: Tensor, a: Tensor, router: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    """``dx`` (where it is the same for all clusters, perhaps ``[..., 1, r]``) and ``dT`` in the accumulation dtype."""
+def _rb_scale_gradient(
+    dz: Tensor, x: Tensor, a: Tensor, router: Tensor, bounded: bool, center: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``dx`` (where it is the same for all clusters, perhaps ``[..., 1, r]``) and ``dT`` in the accumulation dtype.
+
+    ``x`` is what ``_route`` returned: with one weight for all clusters it is centred already.
+    """
     dz = dz.unsqueeze(-2)
     if bounded:
         dx, drouter = bounded_router.gradients(dz, x, router)
-        return dx, drouter.sum_to_size(router.shape)
-    da = (dz * x).sum(-1, keepdim=True)
+        return centred_gradient(dx, center), drouter.sum_to_size(router.shape)
     if router.ndim == 1:
-        return a * dz, da.squeeze(-1).sum_to_size(router.shape)
+        g = centred_gradient(dz, center)
+        da = ((dz if fakes.keeps_sum(router, bounded) else g) * x).sum(-1)
+        return a * g, da.sum_to_size(router.shape)
+    da = (dz * x).sum(-1, keepdim=True)
     dx = torch.addcmul(a * dz, da, router.to(x.dtype))
     return dx, (da * x).sum_to_size(router.shape)
 
 
 @_default("rb_scale_backward")
-def _rb_scale_backward(dz: Tensor, x: Tensor, router: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor]:
-    fakes.rb_scale_backward(dz, x, router, bounded)
-    wide, a, _ = _route(x, router, bounded)
-    dx, drouter = _rb_scale_gradient(dz, wide, a, router, bounded)
+def _rb_scale_backward(
+    dz: Tensor, x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    fakes.rb_scale_backward(dz, x, router, bounded, center)
+    wide, a, _ = _route(x, router, bounded, center)
+    dx, drouter = _rb_scale_gradient(dz, wide, a, router, bounded, center)
     return dx.to(x.dtype).expand_as(x).contiguous(), drouter.to(router.dtype)
 
 
@@ -167,11 +192,12 @@ def _adapt(
     bias_in_y0: bool = False,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
     save_x: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _, x = fakes.adapt(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, save_x)
+    _, x = fakes.adapt(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center, save_x)
     gathered = _cluster_gather(y0, index, bias if bias_in_y0 else None, row_scale)
-    wide, _, z = _route(gathered, router, bounded)
+    wide, _, z = _route(gathered, router, bounded, center)
     if save_x:
         x = wide.sum(-2).to(y0.dtype) if fakes.keeps_sum(router, bounded) else gathered
     return _shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling), x
@@ -192,11 +218,15 @@ def _adapt_backward(
     scaling: float,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fakes.adapt_backward(dy, x, index, router, B, scaling, row_scale, bounded)
-    wide, a, z = _route(x.unsqueeze(-2) if fakes.keeps_sum(router, bounded) else x, router, bounded)
+    fakes.adapt_backward(dy, x, index, router, B, scaling, row_scale, bounded, center)
+    if fakes.keeps_sum(router, bounded):
+        wide, a, z = _route(x.unsqueeze(-2), router, bounded, None)  # it was kept centred
+    else:
+        wide, a, z = _route(x, router, bounded, center)
     dz, dB = _shared_gemm_backward(dy, z, B, scaling)
-    dx, drouter = _rb_scale_gradient(dz, wide, a, router, bounded)
+    dx, drouter = _rb_scale_gradient(dz, wide, a, router, bounded, center)
     if row_scale is not None:
         dx = dx * row_scale
     dx = dx.to(dy.dtype).expand(*dy.shape[:-1], *index.shape).flatten(-2)

@@ -72,6 +72,16 @@ def _check_row_scale(op: str, row_scale: Tensor | None, index: Tensor) -> None:
         _check_device(op, "row_scale", row_scale, index)
 
 
+def _check_center(op: str, center: Tensor | None, router: Tensor, r: int, like: Tensor, bounded: bool) -> None:
+    if center is not None:
+        if router.ndim == 2 and not bounded:
+            raise ValueError(f"idlora::{op}: center must be None with a linear router, got shape {list(center.shape)}")
+        _shape(op, "center", center, f"[2, r] = [2, {r}]", center.shape == (2, r))
+        if center.dtype != torch.float32:
+            raise TypeError(f"idlora::{op}: center must be float32, got {_name(center.dtype)}")
+        _check_device(op, "center", center, like)
+
+
 def _check_z(op: str, argument: str, z: Tensor, like: Tensor, r: int | None = None) -> None:
     leading = like.shape[:-1]
     expected = f"[..., r] with leading dimensions {list(leading)}" + ("" if r is None else f" and r = {r}")
@@ -90,7 +100,7 @@ def accumulate(dtype: torch.dtype) -> torch.dtype:
 
 
 def keeps_sum(router: Tensor, bounded: bool) -> bool:
-    """Whether ``u = sum_i x_i`` is enough for the backward pass: one weight for all clusters."""
+    """Whether ``u = sum_i x_i``, centred, is enough for the backward pass: one weight for all clusters."""
     return bounded or (router.ndim == 1 and router.shape[0] == 1)
 
 
@@ -112,15 +122,19 @@ def cluster_gather_backward(dx: Tensor, index: Tensor, d: int, row_scale: Tensor
     return dx.new_empty(*dx.shape[:-2], d)
 
 
-def rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
+def rb_scale(x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None) -> Tensor:
     _check_activation("rb_scale", "x", x, 2, "[..., k, r]")
     _check_router("rb_scale", router, x.shape[-2], x.shape[-1], x, bounded)
+    _check_center("rb_scale", center, router, x.shape[-1], x, bounded)
     return x.new_empty(*x.shape[:-2], x.shape[-1], dtype=accumulate(x.dtype))
 
 
-def rb_scale_backward(dz: Tensor, x: Tensor, router: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor]:
+def rb_scale_backward(
+    dz: Tensor, x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_activation("rb_scale_backward", "x", x, 2, "[..., k, r]")
     _check_router("rb_scale_backward", router, x.shape[-2], x.shape[-1], x, bounded)
+    _check_center("rb_scale_backward", center, router, x.shape[-1], x, bounded)
     _check_z("rb_scale_backward", "dz", dz, x[..., 0, :], x.shape[-1])
     return x.new_empty(x.shape), router.new_empty(router.shape)
 
@@ -151,6 +165,7 @@ def adapt(
     bias_in_y0: bool = False,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
     save_x: bool = False,
 ) -> tuple[Tensor, Tensor]:
     op = "adapt"
@@ -160,6 +175,7 @@ def adapt(
     k, r = index.shape
     _shape(op, "index", index, f"[k, r] with k * r <= d = {d}", k * r <= d)
     _check_router(op, router, k, r, y0, bounded)
+    _check_center(op, center, router, r, y0, bounded)
     _check_B(op, B, d, r, y0)
     _check_bias(op, bias, d, y0)
     _check_row_scale(op, row_scale, index)
@@ -182,12 +198,14 @@ def adapt_backward(
     scaling: float,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "adapt_backward"
     _check_activation(op, "dy", dy, 1, "[..., d]")
     _check_index(op, index, dy)
     k, r = index.shape
     _check_router(op, router, k, r, dy, bounded)
+    _check_center(op, center, router, r, dy, bounded)
     _check_row_scale(op, row_scale, index)
     kept = keeps_sum(router, bounded)
     sizes = [*dy.shape[:-1], r] if kept else [*dy.shape[:-1], k, r]

@@ -58,7 +58,7 @@ def cluster_gather(y0: Tensor, index: Tensor, bias: Tensor | None = None, row_sc
         return torch.ops.idlora.cluster_gather(y0, index, bias, row_scale)
 
 
-def rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
+def rb_scale(x: Tensor, router: Tensor, bounded: bool = False, center: Tensor | None = None) -> Tensor:
     """``a_i = <T_i, x_i>``, ``z = sum_i a_i x_i``: the routed sum over clusters (arXiv 2602.20727, §4.2).
 
     Args:
@@ -66,6 +66,8 @@ def rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
         router: ``T``, ``[k, r]``, or ``[1, r]``: one vector for all clusters. Static: ``a``, ``[k]`` or ``[1]``.
         bounded: ``z = a sum_i x_i`` with the weight of :func:`idlora_ext.ops.bounded_router.weight`; ``T`` is
             ``[1, r]``.
+        center: ``ubar`` and ``w``, ``[2, r]`` float32, not differentiated: ``P u = u - ubar <w, u>`` takes the place of
+            ``u``, the sum of a static router or of a bounded one; with a linear router there is none.
 
     Returns:
         ``z [..., r]``, float32 (float64 for float64 ``x``).
@@ -74,9 +76,9 @@ def rb_scale(x: Tensor, router: Tensor, bounded: bool = False) -> Tensor:
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        return default_kernels["rb_scale"](x, router, bounded)
+        return default_kernels["rb_scale"](x, router, bounded, center)
     with op_range("forward", "idlora::rb_scale"):
-        return torch.ops.idlora.rb_scale(x, router, bounded)
+        return torch.ops.idlora.rb_scale(x, router, bounded, center)
 
 
 def shared_gemm(y0: Tensor, z: Tensor, B: Tensor, bias: Tensor | None = None, scaling: float = 1.0) -> Tensor:
@@ -111,12 +113,13 @@ def adapt(
     bias_in_y0: bool = False,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """``y = y0 + bias + scaling * concat_j(B z^(j))``, ``z = sum_i <T_i, x_i> x_i``, ``x_i = y0[index_i]``.
 
     The whole adapter as an epilogue on the base layer's output (arXiv 2602.20727, eq. 3 and 4). Differentiable in
     ``y0``, ``router``, ``B`` and ``bias``; keeps ``x [..., k, r]`` for the backward pass (with one static constant or a
-    bounded router ``u = sum_i x_i [..., r]``) and neither ``h`` nor ``y0``.
+    bounded router ``u = sum_i x_i [..., r]``, of a centred one ``P u``) and neither ``h`` nor ``y0``.
 
     Args:
         y0: ``[..., d]`` output of the base layer, any strides.
@@ -130,6 +133,8 @@ def adapt(
         row_scale: ``c [k, r]`` float32, not differentiated: then ``x_ij = c_ij y0[index_ij]``.
         bounded: ``z = a sum_i x_i`` with the weight of :func:`idlora_ext.ops.bounded_router.weight`; ``T`` is
             ``[1, r]``.
+        center: ``ubar`` and ``w``, ``[2, r]`` float32, not differentiated: ``P u = u - ubar <w, u>`` takes the place of
+            ``u``, the sum of a static router or of a bounded one; with a linear router there is none.
 
     Returns:
         ``y [..., d]``, a new tensor in the dtype of ``y0``.
@@ -138,15 +143,15 @@ def adapt(
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     if transformed():
-        z = rb_scale(cluster_gather(y0, index, bias if bias_in_y0 else None, row_scale), router, bounded)
+        z = rb_scale(cluster_gather(y0, index, bias if bias_in_y0 else None, row_scale), router, bounded, center)
         return shared_gemm(y0, z, B, None if bias_in_y0 else bias, scaling)
     differentiable = (y0, router, B) if bias is None else (y0, router, B, bias)
     save_x = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if save_x or not nvtx.eager_without_ranges():
         with op_range("forward", "idlora::adapt"):
-            return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, save_x)[0]
+            return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center, save_x)[0]
     with _below_autograd():
-        return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, False)[0]
+        return _adapt_op(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center, False)[0]
 
 
 def adapt_(
@@ -159,6 +164,7 @@ def adapt_(
     bias_in_y0: bool = False,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """:func:`adapt`, bit for bit, written into ``y0``, which is returned: for inference.
 
@@ -172,8 +178,8 @@ def adapt_(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y0, router, B)):
         raise RuntimeError("idlora::adapt_: it is for inference, where nothing is differentiated; use adapt")
     if transformed():
-        return y0.copy_(adapt(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded))
-    adapt_in_place(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded)
+        return y0.copy_(adapt(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center))
+    adapt_in_place(y0, index, router, B, bias, scaling, bias_in_y0, row_scale, bounded, center)
     return y0
 
 
@@ -186,6 +192,7 @@ def adapt_backward(
     scaling: float = 1.0,
     row_scale: Tensor | None = None,
     bounded: bool = False,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dz^(j) = scaling B^T dy^(j)``; ``da_i = <dz, x_i>``; the gradients of :func:`adapt` in one op::
 
@@ -195,13 +202,14 @@ def adapt_backward(
 
     A static router gets ``da_i`` summed over the tokens, and ``dy0[index_i] += a_i dz``; a bounded one what
     :func:`idlora_ext.ops.bounded_router.gradients` says.
-    With a row scale ``dy0[index_ij]`` gets ``c_ij`` times as much.
+    With a row scale ``dy0[index_ij]`` gets ``c_ij`` times as much. With a center what the ``x_i`` get goes through
+    ``P^T g = g - w <ubar, g>``; with ``k`` constants ``da_i = <P^T dz, x_i>``.
 
     Args:
         dy: ``[..., d]``.
         x: ``[..., k, r]``, what :func:`cluster_gather` returned in the forward pass; with one static constant or a
-            bounded router its sum over the clusters, ``[..., r]``.
-        index, router, B, scaling, row_scale, bounded: as in :func:`adapt`.
+            bounded router its sum over the clusters, centred, ``[..., r]``.
+        index, router, B, scaling, row_scale, bounded, center: as in :func:`adapt`.
 
     Returns:
         ``(dy0 [..., d], dT as router, dB as B)``.
@@ -210,4 +218,4 @@ def adapt_backward(
         ValueError, TypeError: on shapes, dtypes or devices that do not fit, naming op and argument.
     """
     with op_range("backward", "idlora::adapt_backward"):
-        return torch.ops.idlora.adapt_backward(dy, x, index, router, B, scaling, row_scale, bounded)
+        return torch.ops.idlora.adapt_backward(dy, x, index, router, B, scaling, row_scale, bounded, center)

@@ -19,16 +19,18 @@ from .default_kernels import default_kernels
 SCHEMAS = (
     "cluster_gather(Tensor y0, Tensor index, Tensor? bias=None, Tensor? row_scale=None) -> Tensor",
     "cluster_gather_backward(Tensor dx, Tensor index, SymInt d, Tensor? row_scale=None) -> Tensor",
-    "rb_scale(Tensor x, Tensor router, bool bounded=False) -> Tensor",
-    "rb_scale_backward(Tensor dz, Tensor x, Tensor router, bool bounded=False) -> (Tensor, Tensor)",
+    "rb_scale(Tensor x, Tensor router, bool bounded=False, Tensor? center=None) -> Tensor",
+    "rb_scale_backward(Tensor dz, Tensor x, Tensor router, bool bounded=False, Tensor? center=None) "
+    "-> (Tensor, Tensor)",
     "shared_gemm(Tensor y0, Tensor z, Tensor B, Tensor? bias=None, float scaling=1.0) -> Tensor",
     "shared_gemm_backward(Tensor dy, Tensor z, Tensor B, float scaling) -> (Tensor, Tensor)",
     "adapt(Tensor y0, Tensor index, Tensor router, Tensor B, Tensor? bias=None, float scaling=1.0, "
-    "bool bias_in_y0=False, Tensor? row_scale=None, bool bounded=False, bool save_x=False) -> (Tensor, Tensor)",
+    "bool bias_in_y0=False, Tensor? row_scale=None, bool bounded=False, Tensor? center=None, bool save_x=False) "
+    "-> (Tensor, Tensor)",
     "adapt_(Tensor(a!) y0, Tensor index, Tensor router, Tensor B, Tensor? bias=None, float scaling=1.0, "
-    "bool bias_in_y0=False, Tensor? row_scale=None, bool bounded=False) -> ()",
+    "bool bias_in_y0=False, Tensor? row_scale=None, bool bounded=False, Tensor? center=None) -> ()",
     "adapt_backward(Tensor dy, Tensor x, Tensor index, Tensor router, Tensor B, float scaling, "
-    "Tensor? row_scale=None, bool bounded=False) -> (Tensor, Tensor, Tensor)",
+    "Tensor? row_scale=None, bool bounded=False, Tensor? center=None) -> (Tensor, Tensor, Tensor)",
 )
 
 

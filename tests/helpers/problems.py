@@ -77,11 +77,25 @@ FORMS: dict[str, dict[str, bool]] = {
     "per-cluster, scaled": {"scaled": True},
     "static, scaled": {"static": True, "shared": True, "scaled": True},
     "bounded, scaled": {"shared": True, "bounded": True, "scaled": True},
+    "static-per-cluster, centred": {"static": True, "centred": True},
+    "static, centred": {"static": True, "shared": True, "centred": True},
+    "static, scaled, centred": {"static": True, "shared": True, "scaled": True, "centred": True},
+    "bounded, centred": {"shared": True, "bounded": True, "centred": True},
+    "bounded, scaled, centred": {"shared": True, "bounded": True, "scaled": True, "centred": True},
 }
-# One form with each router, scaled rows in every second one: where a router's shape and a scale are not at odds.
+# One form with each router, scaled rows and a center in some: where a router's shape and these are not at odds.
 EVERY_ROUTER = {
     name: FORMS[name]
-    for name in ("per-cluster, scaled", "shared", "static-per-cluster", "static, scaled", "bounded, scaled")
+    for name in (
+        "per-cluster, scaled",
+        "shared",
+        "static-per-cluster",
+        "static, scaled",
+        "bounded, scaled",
+        "static-per-cluster, centred",
+        "static, centred",
+        "bounded, scaled, centred",
+    )
 }
 BIASES = {"no-bias": None, "bias-added": False, "bias-inside": True}
 
@@ -95,9 +109,21 @@ def tensors_of(form: dict[str, bool], *shape: int, **fields: Any) -> tuple[Tenso
 
 
 def options(form: dict[str, bool], index: Tensor) -> dict[str, Any]:
-    """What an operator takes beside the tensors: ``row_scale`` and ``bounded``."""
-    c = 0.5 + torch.rand(index.shape, generator=torch.Generator().manual_seed(3))
-    return {"row_scale": c.to(index.device) if form.get("scaled") else None, "bounded": form.get("bounded", False)}
+    """What an operator takes beside the tensors: ``row_scale``, ``bounded`` and ``center``."""
+    generator = torch.Generator().manual_seed(3)
+    c = 0.5 + torch.rand(index.shape, generator=generator)
+    center = centering(index.shape[1], generator)
+    return {
+        "row_scale": c.to(index.device) if form.get("scaled") else None,
+        "bounded": form.get("bounded", False),
+        "center": center.to(index.device) if form.get("centred") else None,
+    }
+
+
+def centering(r: int, generator: torch.Generator) -> Tensor:
+    """``ubar`` and ``w``, ``[2, r]``, with ``<w, ubar>`` about 0.9."""
+    ubar, noise = torch.randn(2, r, generator=generator)
+    return torch.stack([ubar, (0.9 * ubar + 0.1 * noise) / ubar.square().sum()])
 
 
 def problem(
@@ -129,7 +155,8 @@ def fused_and_composed(index, bias, form):
 
     def composed(y0, router, B, b):
         x = ops.cluster_gather(y0, index, b if bias else None, given["row_scale"])
-        return ops.shared_gemm(y0, ops.rb_scale(x, router, given["bounded"]), B, None if bias else b, 0.7)
+        z = ops.rb_scale(x, router, given["bounded"], given["center"])
+        return ops.shared_gemm(y0, z, B, None if bias else b, 0.7)
 
     return fused, composed
 

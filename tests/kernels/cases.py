@@ -55,6 +55,7 @@ class Case:
     static: bool = False
     bounded: bool = False
     scaled: bool = False  # rows by c_ij
+    centred: bool = False  # a center beside the router
     keep_x: bool = False
     outlier: bool = False  # activations of 300: z, quadratic in them, leaves the range of float16
 
@@ -63,7 +64,7 @@ class Case:
         words += [f"{self.parameters}-parameters"] if self.parameters != self.dtype else []
         words += [f"bias-{self.bias}"] if self.bias != "none" else []
         words += ["shared"] if self.shared else []
-        words += [form for form in ("static", "bounded", "scaled") if getattr(self, form)]
+        words += [form for form in ("static", "bounded", "scaled", "centred") if getattr(self, form)]
         words += ["keep-x"] if self.keep_x else []
         words += ["outlier"] if self.outlier else []
         return "-".join(words)
@@ -89,19 +90,20 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
     x = normal(N, k, r, dtype=case.dtype)
     if case.static:
         router = 1 + 0.5 * normal(len(router), dtype=case.parameters)
-    if case.bounded or (case.static and case.shared):
+    if case.bounded or router.shape == (1,):
         x = x.sum(1) if case.op == "adapt_backward" else x
     if case.outlier:
         y0, x = y0 + 300, x + 300
-        router, B = router.abs() * (200 if case.static else 1), B * 1e-5
+        router, B = 100 * (1 + router.abs()) if case.static else router.abs(), B * 1e-5
     y0, dy = (
         _rows(y0, case.rows),
         _rows(normal(N, d, dtype=case.dtype, scale=1e-3 if case.outlier else 1.0), case.rows),
     )
     row_scale = 0.5 + torch.rand(k, r, generator=generator) if case.scaled else None
+    center = _center(r, generator) if case.centred else None
     return {
         "cluster_gather": {"y0": y0, "index": index, "bias": bias, "row_scale": row_scale},
-        "rb_scale": {"x": x, "router": router, "bounded": case.bounded},
+        "rb_scale": {"x": x, "router": router, "bounded": case.bounded, "center": center},
         "shared_gemm": {
             "y0": y0,
             "z": normal(N, r, dtype="float32"),
@@ -119,6 +121,7 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
             "bias_in_y0": case.bias == "inside",
             "row_scale": row_scale,
             "bounded": case.bounded,
+            "center": center,
         },
         "adapt_backward": {
             "dy": dy,
@@ -129,8 +132,15 @@ def inputs(case: Case, tokens: int | None = None, draw: int = 0) -> dict[str, An
             "scaling": SCALING,
             "row_scale": row_scale,
             "bounded": case.bounded,
+            "center": center,
         },
     }[case.op]
+
+
+def _center(r: int, generator: torch.Generator) -> Tensor:
+    """``ubar`` and ``w``, with ``<w, ubar>`` about 0.9."""
+    ubar, noise = torch.randn(2, r, generator=generator)
+    return torch.stack([ubar, (0.9 * ubar + 0.1 * noise) / ubar.square().sum()])
 
 
 def _rows(t: Tensor, rows: str) -> Tensor:
@@ -212,6 +222,18 @@ def _forms(cases: list[Case]) -> Iterator[Case]:
             yield replace(case, bounded=bounded, scaled=scaled, static=static, shared=bounded or case.shared)
 
 
+def _centred(cases: list[Case]) -> Iterator[Case]:
+    """A part of the cases with a static or a bounded router once more with a center, every variant among them.
+
+    In no order: of those that are not thinned out every router is to be among the first.
+    """
+    choose = random.Random(3)
+    routed = [case for case in cases if case.static or case.bounded]
+    for case in choose.sample(routed, len(routed)):
+        if case.shape in REFERENCE or case.outlier or case.N == MANY or choose.choice((True, False, False)):
+            yield replace(case, centred=True)
+
+
 def _thinned(cases: list[Case]) -> Iterator[Case]:
     """The cases in which, for a variant of an op, two properties meet for the first time. Sizes have to meet the dtype and
     the kind of router alone: the rest is for all sizes the same code. And every kernel that is compiled has a case."""
@@ -222,7 +244,7 @@ def _thinned(cases: list[Case]) -> Iterator[Case]:
         pairs -= {
             (a, b)
             for a, b in pairs
-            if {a[0], b[0]} & {"shape", "N"} and not {a[0], b[0]} & {"dtype", "static", "bounded"}
+            if {a[0], b[0]} & {"shape", "N"} and not {a[0], b[0]} & {"dtype", "static", "bounded", "centred"}
         }
         _, _, r, s = case.shape
         compiled = case.dtype, case.parameters, r // s > 64  # what a kernel is compiled for
@@ -233,4 +255,5 @@ def _thinned(cases: list[Case]) -> Iterator[Case]:
 
 
 _every = list(dict.fromkeys(_cases()))
-CASES = list(_thinned([*_every, *dict.fromkeys(_static(_every)), *dict.fromkeys(_forms(_every))]))
+_uncentred = [*_every, *dict.fromkeys(_static(_every)), *dict.fromkeys(_forms(_every))]
+CASES = list(_thinned([*_uncentred, *dict.fromkeys(_centred(_uncentred))]))

@@ -43,11 +43,8 @@ def test_on_the_simulator(case):
 def test_outliers_take_z_out_of_the_range_of_float16(case):
     """So that the cases deserve their name."""
     a = cases.inputs(case)
-    (z,) = _plain(
-        "rb_scale",
-        {"x": _gathered(a["y0"], a["index"], None, None), "router": a["router"], "bounded": False},
-        torch.float64,
-    )
+    x = _gathered(a["y0"], a["index"], None, None)
+    (z,) = _plain("rb_scale", {"x": x} | {name: a[name] for name in ("router", "bounded", "center")}, torch.float64)
     assert z.abs().max() > torch.finfo(torch.float16).max
 
 
@@ -137,7 +134,7 @@ def _plain(op: str, arguments: dict[str, Any], dtype: torch.dtype) -> list[Tenso
     if op == "cluster_gather":
         return [_gathered(a["y0"], a["index"], a["bias"], a["row_scale"])]
     if op == "rb_scale":
-        x = list(a["x"].unbind(-2))
+        x = reference.centred(list(a["x"].unbind(-2)), a["center"])
         alpha = [reference.alpha(x, i, a["router"], a["bounded"]) for i in range(len(x))]
         return [torch.stack([a_i * x_i for a_i, x_i in zip(alpha, x, strict=True)]).sum(0)]
     if op == "shared_gemm":
@@ -145,18 +142,18 @@ def _plain(op: str, arguments: dict[str, Any], dtype: torch.dtype) -> list[Tenso
         return [(a["y0"] if a["bias"] is None else a["y0"] + a["bias"]) + a["scaling"] * update]
     if op == "adapt":
         x = _gathered(a["y0"], a["index"], a["bias"] if a["bias_in_y0"] else None, a["row_scale"])
-        return [reference.adapt(**a), x.sum(1) if a["bounded"] or a["router"].shape == (1,) else x]
-    # Whatever the other columns hold: only the gathered ones matter to the gradients. If x is the sum over the clusters,
-    # so does only their sum.
-    given = {name: a[name] for name in ("row_scale", "bounded")}
+        summed = a["bounded"] or a["router"].shape == (1,)
+        return [reference.adapt(**a), reference.centred([x.sum(1)], a["center"])[0] if summed else x]
+    # A y0 of zeros: only the x that was kept, which is added to what is gathered, matters to the gradients. If it is the
+    # sum over the clusters, it was centred before it was kept.
     y0 = torch.zeros_like(a["dy"], memory_format=torch.contiguous_format)
-    c = 1 if a["row_scale"] is None else a["row_scale"]
-    if a["x"].ndim == 3:
-        y0[:, a["index"].long()] = a["x"] / c
-    else:
-        y0[:, a["index"][0].long()] = a["x"] / (c if isinstance(c, int) else c[0])
     variables = [t.requires_grad_() for t in (y0, a["router"], a["B"])]
-    y = reference.adapt(y0, a["index"], *variables[1:], None, a["scaling"], **given)
+    x = _gathered(y0, a["index"], None, a["row_scale"])
+    if a["x"].ndim == 3:
+        x = reference.centred(list((x + a["x"]).unbind(1)), a["center"])
+    else:
+        x = [reference.centred([x.sum(1)], a["center"])[0] + a["x"]]
+    y = y0 + a["scaling"] * reference.update(x, *variables[1:], a["bounded"])
     return list(torch.autograd.grad(y, variables, a["dy"]))
 
 

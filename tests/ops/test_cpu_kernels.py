@@ -43,9 +43,9 @@ def problem(shape, N, dtype, held=torch.float32, form=FORMS["per-cluster"], draw
 
 def run(prefix, y0, dy, index, router, B, bias, bias_in_y0=False, form=FORMS["per-cluster"]):
     adapt, backward = (getattr(torch.ops.idlora, f"{prefix}{op}") for op in ("adapt", "adapt_backward"))
-    c, bounded = options(form, index).values()
-    y, x = adapt(y0, index, router, B, bias, 0.7, bias_in_y0, c, bounded, True)
-    gradients = backward(dy, x, index, router, B, 0.7, c, bounded)
+    c, bounded, center = options(form, index).values()
+    y, x = adapt(y0, index, router, B, bias, 0.7, bias_in_y0, c, bounded, center, True)
+    gradients = backward(dy, x, index, router, B, 0.7, c, bounded, center)
     return {"y": y, "x": x} | dict(zip(("dy0", "dT", "dB"), gradients, strict=True))
 
 
@@ -197,7 +197,11 @@ def test_kernel_rows_more_than_2_31_elements_apart(dtype):
     for values, op in [(y0, "adapt"), (dy, "adapt_backward")]:
         apart.copy_(values)
         x = torch.ops.idlora.cluster_gather(y0, index)
-        rest = (index, router, B, bias, 0.7, False, None, False, True) if op == "adapt" else (x, index, router, B, 0.7)
+        rest = (
+            (index, router, B, bias, 0.7, False, None, False, None, True)
+            if op == "adapt"
+            else (x, index, router, B, 0.7)
+        )
         expected = getattr(torch.ops.idlora, op)(values, *rest)
         assert all(map(torch.equal, getattr(torch.ops.idlora, op)(apart, *rest), expected))
 

@@ -79,16 +79,16 @@ def test_opcheck_in_the_dtypes_it_serves(dtype, form, device):
     y0, index, router, B, b = problem(device, dtype, (2, 2), form=form)
     y0 = torch.cat([y0, y0], -1)[..., :24]
     given = options(form, index)
-    c, bounded = given.values()
+    c, bounded, center = given.values()
     kept = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, **given, save_x=True)[1]
     x, z = y0[..., index.long()], torch.randn(2, 2, 4, device=device)
     for name, args in {
         "cluster_gather": (y0, index, b, c),
-        "rb_scale": (x, router.float(), bounded),
+        "rb_scale": (x, router.float(), bounded, center),
         "shared_gemm": (y0, z, B.float(), b, 0.7),
-        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, True),
-        "adapt_": (y0, index, router, B, b, 0.7, False, c, bounded),
-        "adapt_backward": (y0, kept, index, router, B.float(), 0.7, c, bounded),
+        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, center, True),
+        "adapt_": (y0, index, router, B, b, 0.7, False, c, bounded, center),
+        "adapt_backward": (y0, kept, index, router, B.float(), 0.7, c, bounded, center),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
@@ -109,9 +109,8 @@ def test_every_form_is_served_without_falling_back(form, dtype, device):
     with torch.profiler.profile() as profile:
         _, x = torch.ops.idlora.adapt(y0, index, router, B, b, 0.7, **given, save_x=True)
         torch.ops.idlora.adapt_backward(y0, x, index, router, B, 0.7, **given)
-        torch.ops.idlora.rb_scale(
-            torch.ops.idlora.cluster_gather(y0, index, row_scale=given["row_scale"]), router, given["bounded"]
-        )
+        x = torch.ops.idlora.cluster_gather(y0, index, row_scale=given["row_scale"])
+        torch.ops.idlora.rb_scale(x, router, given["bounded"], given["center"])
     fell_back = {event.key for event in profile.key_averages() if event.key.startswith("idlora::default_")}
     served = dtype != torch.float64 and environment.report()["obstacles"][device] is None
     assert fell_back == (
@@ -150,6 +149,10 @@ def test_errors_of_the_default_kernels_come_through_unchanged(device, capfd):
         assert raised.traceback[-1].path.name == "fakes.py"
         with pytest.raises(ValueError, match=r"rb_scale: router must be \[k, r\]"):
             ops.rb_scale(y0[..., index.long()], router[:, :2])
+        with pytest.raises(ValueError, match="adapt: center must be None with a linear router"):
+            ops.adapt(y0, index, router, B, center=torch.ones(2, 4, device=device))
+        with pytest.raises(ValueError, match=r"rb_scale: center must be \[2, r\] = \[2, 4\]"):
+            ops.rb_scale(y0[..., index.long()], router[:, 0], center=torch.ones(2, 3, device=device))
         with pytest.raises(ValueError, match=r"adapt_backward: x must be \[\.\.\., k, r\] = \[5, 3, 4\]"):
             ops.adapt_backward(y0, y0, index, router, B)
     exact = reference.adapt(y0.double(), index, router.double(), B.double())

@@ -71,18 +71,18 @@ def test_opcheck(form, device):
     dy, dz = torch.randn_like(y0), torch.randn_like(z)
     plain = [t.detach() for t in (x, router, B, z)]
     given = options(form, index)
-    c, bounded = given.values()
+    c, bounded, center = given.values()
     kept = torch.ops.idlora.adapt(y0, index, router, B, None, 0.7, **given, save_x=True)[1].detach()
     for name, args in {
         "cluster_gather": (y0, index, b, c),
         "cluster_gather_backward": (plain[0], index, 24, c),
-        "rb_scale": (x, router, bounded),
-        "rb_scale_backward": (dz, plain[0], plain[1], bounded),
+        "rb_scale": (x, router, bounded, center),
+        "rb_scale_backward": (dz, plain[0], plain[1], bounded, center),
         "shared_gemm": (y0, z, B, b, 0.7),
         "shared_gemm_backward": (dy, plain[3], plain[2], 0.7),
-        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, True),
-        "adapt_": (y0.detach(), index, plain[1], plain[2], b.detach(), 0.7, False, c, bounded),
-        "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7, c, bounded),
+        "adapt": (y0, index, router, B, b, 0.7, False, c, bounded, center, True),
+        "adapt_": (y0.detach(), index, plain[1], plain[2], b.detach(), 0.7, False, c, bounded, center),
+        "adapt_backward": (dy, kept, index, plain[1], plain[2], 0.7, c, bounded, center),
     }.items():
         torch.library.opcheck(getattr(torch.ops.idlora, name), args)
 
@@ -92,7 +92,8 @@ def test_opcheck(form, device):
 def test_family_ops_compose_to_adapt(dtype, form, device):
     y0, index, router, B, b = problem((64, 4, 16, 4), form=form, dtype=dtype, bias=False, device=device)
     given = options(form, index)
-    z = ops.rb_scale(ops.cluster_gather(y0, index, row_scale=given["row_scale"]), router, given["bounded"])
+    x = ops.cluster_gather(y0, index, row_scale=given["row_scale"])
+    z = ops.rb_scale(x, router, given["bounded"], given["center"])
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(ops.shared_gemm(y0, z, B, b, 0.7), ops.adapt(y0, index, router, B, b, 0.7, **given))
 
@@ -130,7 +131,7 @@ def test_in_place_is_for_inference(form, device):
     rest = (index, router, B, b, 0.7, False, *options(form, index).values())
     expected = ops.adapt(y0, *rest)
     with torch.no_grad():
-        inside = torch.func.vmap(ops.adapt_, (0,) + 8 * (None,))(y0.clone(), *rest)
+        inside = torch.func.vmap(ops.adapt_, (0,) + 9 * (None,))(y0.clone(), *rest)
         torch.testing.assert_close(inside, expected)
         assert ops.adapt_(y0, *rest) is y0
         with pytest.raises(ValueError, match=r"adapt: B must be \[d/s, r/s\]"):
@@ -196,7 +197,8 @@ def test_saves_x_and_small_things_only(form, device):
         ops.adapt(y0, index, router, B, b, **options(form, index))
     sizes = sorted(t.numel() for t in saved if t.data_ptr() not in {router.data_ptr(), B.data_ptr(), index.data_ptr()})
     one_weight = form.get("bounded") or (form.get("static") and form.get("shared"))
-    assert sizes == ([4 * 8] if form.get("scaled") else []) + [50 * 8 if one_weight else 50 * 4 * 8]
+    small = ([2 * 8] if form.get("centred") else []) + ([4 * 8] if form.get("scaled") else [])
+    assert sizes == [*small, 50 * 8 if one_weight else 50 * 4 * 8]
 
 
 def test_no_zeros_are_made_for_gradients_that_are_undefined(device):
@@ -298,6 +300,24 @@ def test_wrong_options_are_named():
         for wrong in (router, router[0]):
             with pytest.raises(ValueError, match=r"router must be \[1, r\] = \[1, 4\], as a bounded one is, got shape"):
                 call(wrong)
+    x, center = y0[:, index.long()], torch.ones(2, 4)
+    for op, call in (
+        ("adapt", lambda center, T=router[:, 0]: ops.adapt(y0, index, T, B, center=center)),
+        ("adapt_backward", lambda center, T=router[:, 0]: ops.adapt_backward(y0, x, index, T, B, center=center)),
+        ("rb_scale", lambda center, T=router[:, 0]: ops.rb_scale(x, T, center=center)),
+    ):
+        for wrong, error, words in (
+            (center[:1], ValueError, r"center must be \[2, r\] = \[2, 4\], got shape \[1, 4\]"),
+            (center.double(), TypeError, "center must be float32, got float64"),
+            (center.to("meta"), ValueError, "center must be on the activation's device cpu, got meta"),
+        ):
+            with pytest.raises(error, match=f"{op}: {words}"):
+                call(wrong)
+        for linear in (router, router[:1]):
+            with pytest.raises(
+                ValueError, match=rf"{op}: center must be None with a linear router, got shape \[2, 4\]"
+            ):
+                call(center, linear)
 
 
 def _replace(args, position, value):
