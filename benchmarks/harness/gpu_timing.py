@@ -30,7 +30,7 @@ def measure(shape: Shape, phase: str) -> dict[str, Any]:
         limit = forward_limit(*shape, 2, 2, 2, training=True)
         runs = {
             "ours": lambda: torch.ops.idlora.adapt(t["y0"], *adapter, save_x=True),
-            "default kernels": lambda: default_kernels["adapt"](t["y0"], *adapter, None, 1.0, False, None, False, True),
+            "default kernels": lambda: default_kernels["adapt"](t["y0"], *adapter, None, 1.0, save_x=True),
         }
     else:
         gradients = torch.ops.idlora.adapt_backward(t["dy"], x, *adapter, 1.0)

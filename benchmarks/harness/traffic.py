@@ -45,7 +45,7 @@ def default_kernels(N: int, d: int, k: int, r: int, s: int, dtype: torch.dtype) 
     y0, index, router, B = _adapter(N, d, k, r, s, dtype)
     x = y0.new_empty(N, k, r)
     return {
-        "forward": _count(lambda: kernels._adapt(y0, index, router, B, None, 1.0, False, None, False, True)),
+        "forward": _count(lambda: kernels._adapt(y0, index, router, B, None, 1.0, save_x=True)),
         "backward": _count(lambda: kernels._adapt_backward(y0, x, index, router, B, 1.0)),
     }
 

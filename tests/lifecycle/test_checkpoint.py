@@ -67,7 +67,7 @@ def test_save_and_load_by_every_door(kind, saver, loader, tmp_path, monkeypatch)
     assert (
         {"adapter_config.json", WEIGHTS}
         <= set(os.listdir(tmp_path))
-        <= {"adapter_config.json", WEIGHTS, "generation_config.json"}
+        <= {"adapter_config.json", WEIGHTS, "generation_config.json", "README.md"}
     )
     tensors = load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.") for key in tensors)
