@@ -1,4 +1,4 @@
-# make demo: fine-tune a real language model and see the difference.  make test: lint, types, all tests (9 minutes on 2 cores).
+# make demo: fine-tune a real language model and see the difference.  make test: lint, types, all tests (9 to 12 minutes on 2 cores).
 # make check: lint, types, and the tests that need no real model, no other process, no torch.compile and no simulator (3 minutes).
 # Both work on a bare machine: they make .venv, install what they need and build the native kernels (setup.py says which
 # environment variables choose what is built; after changing one, make clean).
