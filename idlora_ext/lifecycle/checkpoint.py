@@ -19,7 +19,7 @@ from ..layer.config import BaseMismatch, IdLoraConfig
 from ..tuner.files import read_config, read_tensors, write
 from ..tuner.names import PREFIX, adapted_layers
 from .apply import inject
-from .model_card import write_model_card
+from .model_card import model_card
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -34,15 +34,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
         ValueError: the model has no such adapter, or its tensors are still to be loaded.
     """
     config, tensors = adapter_state(model, adapter_name)
-
-    def write_all() -> None:
-        write(directory, config, tensors)
-        write_model_card(directory, config)
-
+    card = model_card(config)
     if any(map(sharding.is_sharded, model.parameters())):
-        sharding.on_first_rank(write_all)
+        sharding.on_first_rank(lambda: write(directory, config, tensors, card))
     else:
-        write_all()
+        write(directory, config, tensors, card)
 
 
 def adapter_state(model: nn.Module, adapter_name: str) -> tuple[IdLoraConfig, dict[str, Tensor]]:

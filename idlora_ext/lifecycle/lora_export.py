@@ -20,7 +20,7 @@ from ..tuner.files import write
 from ..tuner.names import PREFIX, adapted_layers, clean
 from ..tuner.verify import HOLDER
 from .checkpoint import adapter_state
-from .model_card import write_model_card
+from .model_card import model_card
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
@@ -87,8 +87,7 @@ def to_lora(
         wanted = dtype or parameter_dtype(layer.get_base_layer())
         tensors |= {f"{PREFIX}{name}.{key}": tensor.to("cpu", wanted) for key, tensor in factors.items()}
     lora = _lora_config(config, base, layers, r)
-    write(directory, lora, tensors)
-    write_model_card(directory, lora)
+    write(directory, lora, tensors, model_card(lora))
 
 
 def _lora_config(config: IdLoraConfig, base: nn.Module, layers: dict[str, IdLoraLayer], r: int) -> LoraConfig:

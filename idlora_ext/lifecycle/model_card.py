@@ -54,20 +54,16 @@ model = PeftModel.from_pretrained({cls}.from_pretrained("{base}"), "path/to/this
 """
 
 
-def write_model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
-    """Write ``README.md`` for the files of ``config``; one that is there already is somebody's, and stays."""
-    file = Path(directory) / "README.md"
-    if file.exists():
-        return
+def model_card(config: PeftConfig) -> str:
+    """The text of ``README.md`` for an adapter of ``config``, or for the LoRA it was exported as."""
     path = config.base_model_name_or_path
     on_hub = bool(path) and not os.path.isdir(path)  # the hub refuses a card whose base is a directory of somebody's
     base = path if on_hub else Path(path).name if path else "the base model"
     plain = isinstance(config, LoraConfig)
-    text = (_HEADER + (_LORA if plain else _ADAPTER)).format(
+    return (_HEADER + (_LORA if plain else _ADAPTER)).format(
         base_model=f"base_model: {path}\n" if on_hub else "",
         title="A LoRA" if plain else "An ID-LoRA adapter",
         base=base,
         cls=_CLASSES.get(str(config.task_type or "").removeprefix("TaskType."), "AutoModel"),
         r=getattr(config, "r", None),
     )
-    file.write_text(text, encoding="utf-8")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..layer.config import IdLoraConfig
 
+CARD_NAME = "README.md"
+
 
 def read_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a safetensors file; anything else is refused, since unpickling runs what the file says."""
@@ -45,11 +47,16 @@ def read_config(directory: str | os.PathLike[str]) -> IdLoraConfig:
     return config
 
 
-def write(directory: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor]) -> None:
-    """Write a configuration and its tensors as PEFT does; nothing is left half-written."""
+def write(directory: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor], card: str) -> None:
+    """Write a configuration and its tensors as PEFT does, and a model card; nothing is left half-written.
+
+    A ``README.md`` that is there already is somebody's, and stays.
+    """
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as partial:
         config.save_pretrained(partial)
         save_file(tensors, os.path.join(partial, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+        Path(partial, CARD_NAME).write_text(card, encoding="utf-8")
+        written = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
+        for file in written if Path(directory, CARD_NAME).exists() else [*written, CARD_NAME]:
             os.replace(os.path.join(partial, file), os.path.join(directory, file))
